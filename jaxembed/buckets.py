@@ -1,0 +1,183 @@
+"""The ladder of compiled shapes: smallest fit, and planning a queue into batches. Knows no text and no device."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from jaxembed.errors import BucketError
+from jaxembed.types import Batch, Bucket, Encoding
+
+__all__ = ["DISPATCH_TOKENS", "Ladder", "Plan", "Row", "pack"]
+
+DISPATCH_TOKENS = 16
+"""What one more dispatch costs, in tokens of computation: the planner's price for splitting a group of rows."""
+
+SHORTEST = 16
+
+
+class Plan(NamedTuple):
+    """One batch to be: a shape, and which items of the queue go into it, longest first."""
+
+    bucket: Bucket
+    items: tuple[int, ...]
+
+
+class Row(NamedTuple):
+    """One item on its way into a Batch."""
+
+    encoding: Encoding
+    dimensions: int
+    normalize: bool
+    owner: int
+
+
+class Ladder:
+    """The set of (batch_size, seq_len) shapes that are compiled ahead.
+
+    Args:
+        buckets: the shapes, in any order; at least one.
+
+    Attributes:
+        max_length: the longest sequence that fits, in tokens.
+        max_tokens: tokens of the largest shape, padding included.
+        max_rows: rows of the tallest shape.
+
+    Raises:
+        BucketError: no buckets, or one with a size under 1.
+    """
+
+    def __init__(self, buckets: Iterable[Bucket]) -> None:
+        self.buckets = tuple(sorted(set(buckets), key=lambda b: (b.tokens, b.seq_len)))
+        if not self.buckets:
+            raise BucketError("a ladder needs at least one bucket")
+        if any(b.batch_size < 1 or b.seq_len < 1 for b in self.buckets):
+            raise BucketError(f"a bucket needs a batch size and a length of at least 1: {self}")
+        self.max_length = max(b.seq_len for b in self.buckets)
+        self.max_tokens = max(b.tokens for b in self.buckets)
+        self.max_rows = max(b.batch_size for b in self.buckets)
+        self._by_length: dict[int, tuple[Bucket, ...]] = {}
+
+    @classmethod
+    def default(cls, *, max_length: int, max_batch_tokens: int, batch_multiple: int = 1) -> "Ladder":
+        """Powers of two up to the model's length; per length the batch sizes 1, 4, 16, ... and the fullest.
+
+        Args:
+            max_length: the longest sequence, in tokens; always a rung of its own.
+            max_batch_tokens: tokens a dispatch should hold, padding included. A single row of `max_length`
+                is always allowed, even when it alone is more.
+            batch_multiple: every batch size is a multiple of this (the number of devices on the data axis).
+
+        Raises:
+            BucketError: an argument under 1.
+        """
+        if min(max_length, max_batch_tokens, batch_multiple) < 1:
+            raise BucketError(
+                f"max_length={max_length}, max_batch_tokens={max_batch_tokens}, batch_multiple={batch_multiple}: "
+                "each must be at least 1"
+            )
+        lengths = [max_length]
+        rung = SHORTEST
+        while rung < max_length:
+            lengths.append(rung)
+            rung *= 2
+        buckets = set()
+        for length in lengths:
+            most = max(1, max_batch_tokens // (length * batch_multiple))
+            size = 1
+            while size < most:
+                buckets.add(Bucket(size * batch_multiple, length))
+                size *= 4
+            buckets.add(Bucket(most * batch_multiple, length))
+        return cls(buckets)
+
+    def __str__(self) -> str:
+        return "{" + ", ".join(map(str, self.buckets)) + "}"
+
+    def __len__(self) -> int:
+        return len(self.buckets)
+
+    def fitting(self, length: int) -> tuple[Bucket, ...]:
+        """For each batch size the shortest bucket that takes `length` tokens, by batch size, smallest first.
+
+        Raises:
+            BucketError: no bucket is that long.
+        """
+        found = self._by_length.get(length)
+        if found is None:
+            best: dict[int, Bucket] = {}
+            for bucket in self.buckets:
+                if bucket.seq_len >= length:
+                    held = best.get(bucket.batch_size)
+                    if held is None or bucket.seq_len < held.seq_len:
+                        best[bucket.batch_size] = bucket
+            if not best:
+                raise BucketError(f"a sequence of {length} tokens fits no bucket of the ladder {self}")
+            found = tuple(best[size] for size in sorted(best))
+            self._by_length[length] = found
+        return found
+
+    def plan(self, lengths: Sequence[int]) -> list[Plan]:
+        """Put every item into exactly one batch at the least cost.
+
+        Rows are sorted by length, longest first, and cut into runs; the cheapest cutting is found exactly by
+        dynamic programming over the cost `bucket.tokens + DISPATCH_TOKENS` per batch.
+
+        Args:
+            lengths: tokens of each item.
+
+        Returns:
+            Plans whose items partition `range(len(lengths))`; each item fits its bucket.
+
+        Raises:
+            BucketError: an item is longer than the ladder.
+        """
+        n = len(lengths)
+        if n == 0:
+            return []
+        order = sorted(range(n), key=lengths.__getitem__, reverse=True)
+        # best[i]: least cost of placing the i-th row and all shorter ones; from the shortest upwards.
+        best = [0] * (n + 1)
+        choice: list[Bucket] = [self.buckets[0]] * n
+        for i in range(n - 1, -1, -1):
+            least = None
+            for bucket in self.fitting(lengths[order[i]]):
+                cost = bucket.tokens + DISPATCH_TOKENS + best[min(i + bucket.batch_size, n)]
+                if least is None or cost < least:
+                    least, choice[i] = cost, bucket
+            assert least is not None
+            best[i] = least
+        plans = []
+        i = 0
+        while i < n:
+            bucket = choice[i]
+            plans.append(Plan(bucket, tuple(order[i : i + bucket.batch_size])))
+            i += bucket.batch_size
+        return plans
+
+
+def pack(bucket: Bucket, rows: Sequence[Row]) -> Batch:
+    """Pad rows into the arrays of one Batch.
+
+    Raises:
+        BucketError: more rows, or a longer row, than the bucket holds.
+    """
+    if len(rows) > bucket.batch_size or any(len(row.encoding) > bucket.seq_len for row in rows):
+        longest = max(len(row.encoding) for row in rows)
+        raise BucketError(f"{len(rows)} rows of up to {longest} tokens do not fit the bucket {bucket}")
+    shape = (bucket.batch_size,)
+    input_ids = np.zeros(bucket, np.int32)
+    lengths: npt.NDArray[np.int32] = np.zeros(shape, np.int32)
+    prompt_lengths: npt.NDArray[np.int32] = np.zeros(shape, np.int32)
+    dimensions: npt.NDArray[np.int32] = np.ones(shape, np.int32)
+    normalize: npt.NDArray[np.bool_] = np.zeros(shape, np.bool_)
+    for i, row in enumerate(rows):
+        ids = row.encoding.ids
+        input_ids[i, : len(ids)] = ids
+        lengths[i] = len(ids)
+        prompt_lengths[i] = row.encoding.prompt_length
+        dimensions[i] = row.dimensions
+        normalize[i] = row.normalize
+    owners = np.fromiter((row.owner for row in rows), np.int64, len(rows))
+    return Batch(bucket, input_ids, lengths, prompt_lengths, dimensions, normalize, owners)

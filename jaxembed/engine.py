@@ -1,0 +1,204 @@
+"""One compiled executable a Bucket: Batch -> array. Knows no text, no disk, no asyncio.
+
+The function compiled is pure in (flat weights, batch); weights are arguments, so executables can be cached and a
+call passes a flat tuple. A shape that was not compiled ahead is an error, never a compilation on the way.
+"""
+
+import threading
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxembed.buckets import Ladder
+from jaxembed.errors import BucketError
+from jaxembed.loading import Model
+from jaxembed.sharding import DATA, batch_sharding
+from jaxembed.types import Batch, Bucket
+
+__all__ = ["MAX_BATCH_TOKENS", "Compiled", "Engine"]
+
+MAX_BATCH_TOKENS = {"cpu": 1024}
+"""Tokens a dispatch should hold per device, by platform; measured on CPU (docs/numerics.md), a guess elsewhere."""
+OTHER_BATCH_TOKENS = 16_384
+
+CACHE_HIT = "/jax/compilation_cache/cache_hits"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """How the compilation of one bucket went.
+
+    Attributes:
+        bucket: the shape.
+        seconds: wall time of lowering, compiling and one trial run.
+        cached: whether the executable came from the persistent cache.
+    """
+
+    bucket: Bucket
+    seconds: float
+    cached: bool
+
+
+class Engine:
+    """The executables of one model on one mesh.
+
+    Args:
+        model: what is compiled.
+        ladder: the shapes there may be; by default `Ladder.default` for the model's length and the platform.
+        max_batch_tokens: for the default ladder: tokens per dispatch and device.
+    """
+
+    def __init__(self, model: Model, ladder: Ladder | None = None, *, max_batch_tokens: int | None = None) -> None:
+        self.model = model
+        self.platform: str = model.mesh.devices.flat[0].platform
+        devices = model.mesh.shape[DATA]
+        per_device = max_batch_tokens or MAX_BATCH_TOKENS.get(self.platform, OTHER_BATCH_TOKENS)
+        self.ladder = ladder or Ladder.default(
+            max_length=model.max_length, max_batch_tokens=per_device * devices, batch_multiple=devices
+        )
+        bad = [bucket for bucket in self.ladder.buckets if bucket.batch_size % devices]
+        if bad:
+            raise BucketError(f"the bucket {bad[0]} does not divide over {devices} devices")
+        # On CPU one execution uses every core; elsewhere a second one waits on the device while the first runs.
+        self.max_in_flight = 1 if self.platform == "cpu" else 2
+        self._executables: dict[Bucket, Any] = {}
+        self._locks: dict[Bucket, threading.Lock] = {bucket: threading.Lock() for bucket in self.ladder.buckets}
+
+    @property
+    def dimension(self) -> int:
+        """Width of the array that `run` returns."""
+        return self.model.dimension
+
+    @property
+    def compiled(self) -> frozenset[Bucket]:
+        """The buckets that are ready."""
+        return frozenset(self._executables)
+
+    def compile(self, bucket: Bucket) -> Compiled:
+        """Compile one bucket and run it once on padding; does nothing if it is ready. Safe from several threads.
+
+        Raises:
+            BucketError: the ladder does not hold this shape.
+            Exception: whatever XLA raises when it cannot compile.
+        """
+        lock = self._locks.get(bucket)
+        if lock is None:
+            raise self._unknown(bucket)
+        start = time.perf_counter()
+        cached = True
+        with lock:
+            if bucket not in self._executables:
+                with CacheHits() as hits:
+                    executable = self._lower(bucket).compile()
+                # The first run of an executable allocates and is slow: it happens here, not on a request.
+                jax.block_until_ready(executable(self.model.leaves, *self._arguments(empty(bucket))))
+                self._executables[bucket] = executable
+                cached = hits.count > 0
+        return Compiled(bucket, time.perf_counter() - start, cached)
+
+    def run(self, batch: Batch) -> npt.NDArray[np.float32]:
+        """Run a batch and wait for it.
+
+        Returns:
+            float32 [n, D], the real rows in the batch's order; columns behind a row's `dimensions` are 0.
+
+        Raises:
+            BucketError: the batch's shape was not compiled.
+        """
+        return self.fetch(self.dispatch(batch), batch)
+
+    def dispatch(self, batch: Batch) -> jax.Array:
+        """Start a batch without waiting for it.
+
+        Raises:
+            BucketError: the batch's shape was not compiled.
+        """
+        executable = self._executables.get(batch.bucket)
+        if executable is None:
+            raise self._unknown(batch.bucket)
+        result: jax.Array = executable(self.model.leaves, *self._arguments(batch))
+        result.copy_to_host_async()
+        return result
+
+    def fetch(self, result: jax.Array, batch: Batch) -> npt.NDArray[np.float32]:
+        """Wait for what `dispatch` started; returns what `run` does."""
+        return np.asarray(result)[: batch.rows]
+
+    def _unknown(self, bucket: Bucket) -> BucketError:
+        if bucket in self._locks:
+            return BucketError(f"the bucket {bucket} is on the ladder but was not compiled: run the warm-up first")
+        return BucketError(f"the bucket {bucket} is not on the ladder {self.ladder}")
+
+    def _arguments(self, batch: Batch) -> tuple[npt.NDArray[Any], ...]:
+        return batch.input_ids, batch.lengths, batch.prompt_lengths, batch.dimensions, batch.normalize
+
+    def _lower(self, bucket: Bucket) -> Any:
+        mesh = self.model.mesh
+        specs = [
+            jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=batch_sharding(mesh, array.ndim))
+            for array in self._arguments(empty(bucket))
+        ]
+        leaves = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in self.model.leaves)
+        function = partial(forward, self.model)
+        return jax.jit(function, out_shardings=batch_sharding(mesh, 2)).lower(leaves, *specs)
+
+
+def forward(
+    model: Model,
+    leaves: tuple[jax.Array, ...],
+    input_ids: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    prompt_lengths: Int[Array, " B"],
+    dimensions: Int[Array, " B"],
+    normalize: Bool[Array, " B"],
+) -> Float[Array, "B D"]:
+    """What each executable computes; the arguments are those of `types.Batch`."""
+    mask = jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None, :] < lengths[:, None]
+    return model.embed(leaves, input_ids, mask, prompt_lengths, dimensions, normalize)
+
+
+def empty(bucket: Bucket) -> Batch:
+    """A batch of nothing but padding."""
+    rows = bucket.batch_size
+    zeros = np.zeros(rows, np.int32)
+    return Batch(
+        bucket=bucket,
+        input_ids=np.zeros(bucket, np.int32),
+        lengths=zeros,
+        prompt_lengths=zeros,
+        dimensions=np.ones(rows, np.int32),
+        normalize=np.zeros(rows, np.bool_),
+        owners=np.zeros(0, np.int64),
+    )
+
+
+class CacheHits:
+    """Counts the persistent-cache hits of the compilations that this thread makes inside the `with`."""
+
+    _thread = threading.local()
+    _installed = False
+
+    def __enter__(self) -> "CacheHits":
+        # JAX has listeners for the process and no way to take one back: one serves every engine.
+        if not CacheHits._installed:
+            CacheHits._installed = True
+            jax.monitoring.register_event_listener(CacheHits._listen)
+        self.count = 0
+        CacheHits._thread.current = self
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        CacheHits._thread.current = None
+
+    @staticmethod
+    def _listen(event: str, **_: object) -> None:
+        current: CacheHits | None = getattr(CacheHits._thread, "current", None)
+        if event == CACHE_HIT and current is not None:
+            current.count += 1

@@ -1,0 +1,112 @@
+"""Token vectors -> one vector a text: pooling, matryoshka slice, L2 norm. float32, inside the executable.
+
+The formulas are sentence-transformers 6.2's (Pooling, Normalize); matryoshka follows OpenAI's API: the vector is
+cut first and normalised after.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxembed.types import Pooling, PoolingMode
+
+__all__ = ["finish", "pool"]
+
+Tokens = Float[Array, "B T D"]
+Mask = Bool[Array, "B T"]
+
+EPS_COUNT = 1e-9
+EPS_NORM = 1e-12
+
+
+def first_token(x: Tokens, mask: Mask, weights: Float[Array, "B T"]) -> Float[Array, "B D"]:
+    """The first token that counts; position 0 where none does."""
+    return take(x, jnp.argmax(mask, axis=1))
+
+
+def last_token(x: Tokens, mask: Mask, weights: Float[Array, "B T"]) -> Float[Array, "B D"]:
+    """The last token that counts; zeros where none does."""
+    index = jnp.where(mask.any(axis=1), mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1), 0)
+    return take(x * mask[:, :, None].astype(x.dtype), index)
+
+
+def largest(x: Tokens, mask: Mask, weights: Float[Array, "B T"]) -> Float[Array, "B D"]:
+    """Per feature the largest value over the tokens that count."""
+    return jnp.max(jnp.where(mask[:, :, None], x, -jnp.inf), axis=1)
+
+
+def mean(x: Tokens, mask: Mask, weights: Float[Array, "B T"]) -> Float[Array, "B D"]:
+    """sum / max(count, 1e-9)."""
+    return total(x, mask) / count(mask)
+
+
+def mean_sqrt_length(x: Tokens, mask: Mask, weights: Float[Array, "B T"]) -> Float[Array, "B D"]:
+    """sum / sqrt(max(count, 1e-9))."""
+    return total(x, mask) / jnp.sqrt(count(mask))
+
+
+def weighted_mean(x: Tokens, mask: Mask, weights: Float[Array, "B T"]) -> Float[Array, "B D"]:
+    """Mean with weights 1, 2, 3, ... counted from the first token that is not padding (https://arxiv.org/abs/2202.08904)."""
+    kept = weights * mask.astype(x.dtype)
+    return jnp.sum(x * kept[:, :, None], axis=1) / jnp.maximum(jnp.sum(kept, axis=1, keepdims=True), EPS_COUNT)
+
+
+def take(x: Tokens, index: Int[Array, " B"]) -> Float[Array, "B D"]:
+    """One token of each row."""
+    return jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]
+
+
+def total(x: Tokens, mask: Mask) -> Float[Array, "B D"]:
+    """Sum over the tokens that count."""
+    return jnp.sum(x * mask[:, :, None].astype(x.dtype), axis=1)
+
+
+def count(mask: Mask) -> Float[Array, "B 1"]:
+    """How many tokens count, at least 1e-9."""
+    return jnp.maximum(jnp.sum(mask, axis=1, keepdims=True).astype(jnp.float32), EPS_COUNT)
+
+
+MODES: Mapping[PoolingMode, Callable[[Tokens, Mask, Float[Array, "B T"]], Float[Array, "B D"]]] = {
+    PoolingMode.CLS: first_token,
+    PoolingMode.MAX: largest,
+    PoolingMode.MEAN: mean,
+    PoolingMode.MEAN_SQRT_LEN: mean_sqrt_length,
+    PoolingMode.WEIGHTED_MEAN: weighted_mean,
+    PoolingMode.LAST_TOKEN: last_token,
+}
+
+
+def pool(x: Tokens, mask: Mask, prompt_lengths: Int[Array, " B"], pooling: Pooling) -> Float[Array, "B P"]:
+    """Pool token vectors; several modes are concatenated, so P = D * len(pooling.modes).
+
+    Args:
+        x: token vectors, float32.
+        mask: tokens that are not padding; on either side.
+        prompt_lengths: leading tokens to leave out; used only if `pooling.include_prompt` is false.
+        pooling: the model's Pooling module.
+    """
+    positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None, :] - jnp.argmax(mask, axis=1).astype(jnp.int32)[:, None]
+    kept = mask if pooling.include_prompt else mask & (positions >= prompt_lengths[:, None])
+    weights = (positions + 1).astype(x.dtype)
+    return jnp.concatenate([MODES[mode](x, kept, weights) for mode in pooling.modes], axis=-1)
+
+
+def finish(
+    vectors: Float[Array, "B P"], dimensions: Int[Array, " B"], normalize: Bool[Array, " B"]
+) -> Float[Array, "B P"]:
+    """Cut each row to its matryoshka size, then L2-normalise the rows that ask for it.
+
+    Args:
+        vectors: pooled vectors.
+        dimensions: features to keep per row; the rest becomes 0.
+        normalize: divide by max(norm, 1e-12)?
+
+    Returns:
+        The same shape: the caller slices row i to dimensions[i].
+    """
+    inside = jnp.arange(vectors.shape[1], dtype=jnp.int32)[None, :] < dimensions[:, None]
+    cut = jnp.where(inside, vectors, 0.0)
+    # The maximum stands inside the root, so that the gradient of a zero vector is 0 and not NaN.
+    norm = jnp.sqrt(jnp.maximum(jnp.sum(cut * cut, axis=1, keepdims=True), EPS_NORM**2))
+    return jnp.where(normalize[:, None], cut / norm, cut)

@@ -1,0 +1,233 @@
+"""Text or token ids -> Encodings: prompts, special tokens and the length policy. Knows no model and no JAX."""
+
+from collections.abc import Sequence
+from enum import StrEnum
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from jaxembed.errors import (
+    CorruptCheckpointError,
+    InputError,
+    InputTooLongError,
+    InputTypeError,
+    TokenIdError,
+)
+from jaxembed.types import Encoding
+
+__all__ = ["TokenIds", "Tokenizer", "TruncationSide"]
+
+TokenIds = Sequence[int] | npt.NDArray[np.integer[Any]]
+
+
+class TruncationSide(StrEnum):
+    """Which end a cut takes tokens from: `RIGHT` keeps the first ones, `LEFT` the last."""
+
+    RIGHT = "right"
+    LEFT = "left"
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer with its length policy. Safe to call from several threads.
+
+    Args:
+        backend: a `tokenizers.Tokenizer`; its own padding and truncation are switched off.
+        special_ids: ids that the tokenizer counts as special.
+        vocab_size: rows of the model's embedding table: valid token ids are 0 to vocab_size - 1.
+        max_length: tokens the model takes, special tokens included.
+        lowercase: lowercase every text first (sentence-transformers' `do_lower_case`).
+        measure_prompts: fill `Encoding.prompt_length` (the model's pooling says `include_prompt: false`).
+    """
+
+    def __init__(
+        self,
+        backend: Any,
+        *,
+        special_ids: frozenset[int],
+        vocab_size: int,
+        max_length: int,
+        lowercase: bool = False,
+        measure_prompts: bool = False,
+    ) -> None:
+        backend.no_padding()
+        backend.no_truncation()
+        self._backend = backend
+        self._special_ids = special_ids
+        self.vocab_size = vocab_size
+        self.max_length = max_length
+        self._lowercase = lowercase
+        self._measure_prompts = measure_prompts
+        mask = backend.encode("a").special_tokens_mask
+        self._prefix = next((i for i, special in enumerate(mask) if not special), len(mask))
+        self._suffix = next((i for i, special in enumerate(reversed(mask)) if not special), 0)
+        self._prompt_length = lru_cache(maxsize=256)(self._count_prompt)
+
+    @classmethod
+    def from_folder(
+        cls, folder: Path, *, vocab_size: int, max_length: int, lowercase: bool = False, measure_prompts: bool = False
+    ) -> "Tokenizer":
+        """Load the tokenizer of a checkpoint as transformers does.
+
+        Raises:
+            CorruptCheckpointError: the folder has no usable tokenizer files.
+        """
+        # Imported here: half a second that only a loaded model needs.
+        from transformers import AutoTokenizer
+
+        try:
+            loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CorruptCheckpointError(f"cannot load a tokenizer from {folder}: {error}") from error
+        return cls(
+            loaded.backend_tokenizer,
+            special_ids=frozenset(loaded.all_special_ids),
+            vocab_size=vocab_size,
+            max_length=max_length,
+            lowercase=lowercase,
+            measure_prompts=measure_prompts,
+        )
+
+    @property
+    def special_tokens(self) -> int:
+        """How many special tokens stand around a text."""
+        return self._prefix + self._suffix
+
+    def encode_texts(
+        self,
+        texts: Sequence[str],
+        *,
+        prompt: str = "",
+        add_special_tokens: bool = True,
+        truncate_to: int | None = None,
+        side: TruncationSide = TruncationSide.RIGHT,
+    ) -> list[Encoding]:
+        """Tokenise texts, `prompt` put before each.
+
+        Args:
+            texts: n strings.
+            prompt: text to put before each; "" for none.
+            add_special_tokens: put the model's special tokens around each text.
+            truncate_to: cut to this many tokens, special tokens counted and kept; None refuses over-long texts.
+            side: which end is cut.
+
+        Returns:
+            n Encodings, in order.
+
+        Raises:
+            InputTooLongError: a text has more tokens than the model takes and `truncate_to` is None.
+            InputTypeError: an item is not a string that can be written as UTF-8.
+            InputError: `truncate_to` is out of range.
+        """
+        self._check_truncation(truncate_to)
+        prepared = [prompt + text if prompt else text for text in texts]
+        if self._lowercase:
+            prepared = [text.lower() for text in prepared]
+        try:
+            encoded = self._backend.encode_batch_fast(prepared, add_special_tokens=add_special_tokens)
+        except (TypeError, UnicodeEncodeError):
+            raise unreadable(texts) from None
+        prompt_length = self._prompt_length(prompt, add_special_tokens) if prompt and self._measure_prompts else 0
+        prefix, suffix = (self._prefix, self._suffix) if add_special_tokens else (0, 0)
+        encodings = []
+        for index, one in enumerate(encoded):
+            ids = self._fit(np.array(one.ids, np.int32), index, truncate_to, side, prefix, suffix)
+            encodings.append(Encoding(ids, min(prompt_length, len(ids))))
+        return encodings
+
+    def encode_ids(
+        self,
+        inputs: Sequence[TokenIds],
+        *,
+        truncate_to: int | None = None,
+        side: TruncationSide = TruncationSide.RIGHT,
+    ) -> list[Encoding]:
+        """Take token ids exactly as given: no special tokens are added, and a cut is a plain slice.
+
+        Args:
+            inputs: n sequences of token ids.
+            truncate_to: cut to this many tokens; None refuses over-long inputs.
+            side: which end is cut.
+
+        Returns:
+            n Encodings, in order.
+
+        Raises:
+            TokenIdError: an id is outside 0 to vocab_size - 1.
+            InputTooLongError: an input has more tokens than the model takes and `truncate_to` is None.
+            InputTypeError: an item is not a sequence of integers.
+            InputError: an item is empty, or `truncate_to` is out of range.
+        """
+        self._check_truncation(truncate_to)
+        return [
+            Encoding(self._fit(self._check_ids(ids, index), index, truncate_to, side, 0, 0))
+            for index, ids in enumerate(inputs)
+        ]
+
+    def _check_truncation(self, truncate_to: int | None) -> None:
+        if truncate_to is not None and not 1 <= truncate_to <= self.max_length:
+            raise InputError(f"cannot truncate to {truncate_to} tokens; allowed: 1 to {self.max_length}")
+
+    def _check_ids(self, ids: TokenIds, index: int) -> npt.NDArray[np.int32]:
+        try:
+            array: npt.NDArray[Any] = np.asarray(ids)
+        except (OverflowError, ValueError):
+            array = np.asarray(ids, object)
+        if array.ndim == 1 and array.dtype == object and all(type(i) is int for i in array):
+            # Integers too large for any numpy type: outside every vocabulary.
+            position = next(p for p, i in enumerate(array) if not 0 <= i < self.vocab_size)
+            raise TokenIdError(index=index, position=position, value=int(array[position]), vocab_size=self.vocab_size)
+        if array.size == 0:
+            raise InputError(f"input[{index}] is empty: it must hold at least one token id", index=index)
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise InputTypeError(f"input[{index}] must be a list of integers, the token ids", index=index)
+        bad = np.flatnonzero((array < 0) | (array >= self.vocab_size))
+        if bad.size:
+            position = int(bad[0])
+            raise TokenIdError(index=index, position=position, value=int(array[position]), vocab_size=self.vocab_size)
+        return array.astype(np.int32)
+
+    def _fit(
+        self,
+        ids: npt.NDArray[np.int32],
+        index: int,
+        truncate_to: int | None,
+        side: TruncationSide,
+        prefix: int,
+        suffix: int,
+    ) -> npt.NDArray[np.int32]:
+        """Apply the length policy; `prefix` and `suffix` count the special tokens that survive a cut."""
+        length = len(ids)
+        if truncate_to is None:
+            if length > self.max_length:
+                raise InputTooLongError(index=index, length=length, limit=self.max_length)
+            return ids
+        if length <= truncate_to:
+            return ids
+        keep = truncate_to - prefix - suffix
+        if keep < 0:
+            # Not even the special tokens fit: a plain slice, as for token ids.
+            return ids[:truncate_to] if side is TruncationSide.RIGHT else ids[length - truncate_to :]
+        content = ids[prefix : length - suffix]
+        kept = content[:keep] if side is TruncationSide.RIGHT else content[len(content) - keep :]
+        return np.concatenate([ids[:prefix], kept, ids[length - suffix :]])
+
+    def _count_prompt(self, prompt: str, add_special_tokens: bool) -> int:
+        """Tokens of a prompt on its own, without a trailing special token, as sentence-transformers counts them."""
+        text = prompt.lower() if self._lowercase else prompt
+        ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return len(ids) - (1 if ids and ids[-1] in self._special_ids else 0)
+
+
+def unreadable(texts: Sequence[str]) -> InputTypeError:
+    """The error that names the first item which is no string, or no string that UTF-8 can write."""
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            return InputTypeError(f"input[{index}] must be a string, not {type(text).__name__}", index=index)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return InputTypeError(f"input[{index}] holds half of a surrogate pair: it is no valid text", index=index)
+    return InputTypeError("the input cannot be tokenised")
