@@ -68,7 +68,7 @@ class Checkpoint:
     name: str
     folder: Path
     config: Mapping[str, Any]
-    pooling: Pooling = Pooling()
+    pooling: Pooling = field(default_factory=Pooling)
     normalize: bool = False
     max_length: int | None = None
     lowercase: bool = False
@@ -155,9 +155,7 @@ def resolve(name: str, *, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES), local_files_only=True)
-        )
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES), local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         tried.append("not in the local hub cache")
     try:
@@ -201,7 +199,7 @@ def read_modules(root: Path) -> list[tuple[str, str]]:
         raise CorruptCheckpointError(f"{path} is no list of modules: {error!r}") from None
     if not modules or modules[0][0] != "Transformer":
         first = modules[0][0] if modules else "nothing"
-        raise UnsupportedModelError(f"{path} begins with {first}; only models that begin with Transformer are supported")
+        raise UnsupportedModelError(f"{path} begins with {first}; supported: models that begin with Transformer")
     return modules
 
 
@@ -241,7 +239,5 @@ def read_pooling(config: Mapping[str, Any]) -> Pooling:
         try:
             modes = tuple(PoolingMode(mode) for mode in ([given] if isinstance(given, str) else given))
         except ValueError:
-            raise UnsupportedModelError(
-                f"pooling_mode is {given!r}; supported: {', '.join(PoolingMode)}"
-            ) from None
+            raise UnsupportedModelError(f"pooling_mode is {given!r}; supported: {', '.join(PoolingMode)}") from None
     return Pooling(modes or (PoolingMode.MEAN,), bool(config.get("include_prompt", True)))

@@ -195,9 +195,7 @@ class Embedder:
             return np.stack([-np.linalg.norm(row - y, axis=1) for row in x])
         if measure == "manhattan":
             return np.stack([-np.abs(row - y).sum(axis=1) for row in x])
-        raise UnsupportedModelError(
-            f"similarity_fn_name is {measure!r}; supported: cosine, dot, euclidean, manhattan"
-        )
+        raise UnsupportedModelError(f"similarity_fn_name is {measure!r}; supported: cosine, dot, euclidean, manhattan")
 
     def _dimensions(self, asked: int | None) -> int:
         size = asked if asked is not None else self.model.checkpoint.dimensions or self.dimension
@@ -211,9 +209,7 @@ class Embedder:
             return {**options, "prompt_name": found}
         return options
 
-    def _tokenized(
-        self, items: Sequence[Any], prompt: str, limit: int | None
-    ) -> Iterator[tuple[int, list[Encoding]]]:
+    def _tokenized(self, items: Sequence[Any], prompt: str, limit: int | None) -> Iterator[tuple[int, list[Encoding]]]:
         """(offset, Encodings) of each window; one window is tokenised ahead."""
 
         def tokenize(start: int) -> list[Encoding]:

@@ -69,7 +69,7 @@ class InputTooLongError(InputError):
 
     def __init__(self, *, index: int, length: int, limit: int) -> None:
         super().__init__(
-            f"input[{index}] has {length} tokens, but this model takes at most {limit}: shorten it or ask for truncation",
+            f"input[{index}] has {length} tokens, but this model takes at most {limit}; shorten it or ask to truncate",
             index=index,
         )
         self.length = length

@@ -123,7 +123,7 @@ def activation(name: str) -> Activation:
     try:
         return ACTIVATIONS[name]
     except KeyError:
-        raise UnsupportedModelError(f"activation {name!r} is not supported; supported: {', '.join(ACTIVATIONS)}") from None
+        raise UnsupportedModelError(f"the activation is {name!r}; supported: {', '.join(ACTIVATIONS)}") from None
 
 
 def attention(

@@ -264,7 +264,7 @@ def place(array: npt.NDArray[Any], dtype: np.dtype[Any], mesh: Mesh, axes: tuple
     """Put one array onto the mesh, each device reading only its own part of the file."""
     sharding = parameter_sharding(mesh, axes, array.shape)
 
-    def part(index: tuple[slice, ...]) -> npt.NDArray[Any]:
-        return np.ascontiguousarray(array[index], dtype)
+    def part(index: tuple[slice, ...] | None) -> npt.NDArray[Any]:
+        return np.ascontiguousarray(array if index is None else array[index], dtype)
 
     return jax.make_array_from_callback(array.shape, sharding, part)

@@ -6,6 +6,7 @@ whoever gets it, or a successor of the same kind, by another way.
 """
 
 from collections.abc import Callable
+from importlib.metadata import version
 
 import jax
 import jax.numpy as jnp
@@ -48,8 +49,8 @@ def check_numerics(compute: Callable[[], npt.NDArray[np.float32]] = squared_norm
     error = np.abs(got - want) / np.maximum(want, 1.0)
     worst = int(np.argmax(error))
     if not error[worst] <= 1e-6:
-        version = jax.lib.__version__
         raise WrongNumbersError(
-            f"jaxlib {version} on {jax.default_backend()} returns wrong numbers: row {worst} of the self-test gives "
-            f"{got[worst]:.0f} for {want[worst]:.0f}. Install another version: pip install 'jax!=0.10.2' 'jaxlib!=0.10.2'"
+            f"jaxlib {version('jaxlib')} on {jax.default_backend()} returns wrong numbers: row {worst} of its test "
+            f"gives {got[worst]:.0f} for {want[worst]:.0f}. Install another version: "
+            "pip install 'jax!=0.10.2' 'jaxlib!=0.10.2'"
         )

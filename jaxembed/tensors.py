@@ -88,7 +88,7 @@ def shards(folder: Path) -> list[Path]:
     pickled = [name for name in PICKLES if (folder / name).is_file()]
     if pickled:
         raise PickledCheckpointError(
-            f"{folder} holds its weights only as {pickled[0]}, a format that may run code when loaded. Convert it once, "
+            f"{folder} holds its weights only as {pickled[0]}, which may run code when loaded. Convert it once, "
             "where you trust the file: transformers.AutoModel.from_pretrained(folder).save_pretrained(folder)"
         )
     raise CheckpointNotFoundError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX}")
@@ -128,6 +128,6 @@ def read(file: Path) -> dict[str, npt.NDArray[Any]]:
                 f"{file} is cut short: {name!r} ends at byte {start + end}, the file has {size}"
             )
         if end - begin != math.prod(shape) * dtype.itemsize:
-            raise CorruptCheckpointError(f"{file}: {name!r} has {end - begin} bytes, {dtype} {shape} needs another number")
+            raise CorruptCheckpointError(f"{file}: {name!r} has {end - begin} bytes, which is not {dtype} {shape}")
         arrays[name] = data[begin:end].view(dtype).reshape(shape)
     return arrays

@@ -221,7 +221,7 @@ class Tokenizer:
         return len(ids) - (1 if ids and ids[-1] in self._special_ids else 0)
 
 
-def unreadable(texts: Sequence[str]) -> InputTypeError:
+def unreadable(texts: Sequence[object]) -> InputTypeError:
     """The error that names the first item which is no string, or no string that UTF-8 can write."""
     for index, text in enumerate(texts):
         if not isinstance(text, str):

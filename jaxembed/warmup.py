@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -51,7 +52,7 @@ def cache_folder(root: Path | None = None) -> Path:
         root: by default `~/.cache/jaxembed`.
     """
     base = Path("~/.cache/jaxembed") if root is None else root
-    return base.expanduser() / f"jaxlib-{jax.lib.__version__}"
+    return base.expanduser() / f"jaxlib-{version('jaxlib')}"
 
 
 def use_cache(folder: Path | None) -> None:
@@ -132,7 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         model = load(options.model, dtype=options.dtype, max_length=options.max_length)
         engine = Engine(model, max_batch_tokens=options.max_batch_tokens)
-        print(f"{model.checkpoint.name}, {model.dtype}, {len(engine.ladder)} buckets on {engine.platform}; cache: {folder}")
+        print(
+            f"{model.checkpoint.name}, {model.dtype}: {len(engine.ladder)} buckets on {engine.platform}; cache {folder}"
+        )
         with tqdm(total=len(engine.ladder), desc="compiling", unit="bucket") as bar:
 
             def show(one: Compiled) -> None:

@@ -95,9 +95,7 @@ class Layer(nnx.Module):
         self.dtype = jnp.dtype(dtype)
 
     def __call__(self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
-        mixed = attention(
-            self.query(x), self.key(x), self.value(x), mask, num_heads=self.num_heads, dtype=self.dtype
-        )
+        mixed = attention(self.query(x), self.key(x), self.value(x), mask, num_heads=self.num_heads, dtype=self.dtype)
         x = self.attention_norm(x + self.output(mixed))
         return self.output_norm(x + self.down(self.activation(self.up(x))))
 
