@@ -105,13 +105,14 @@ class Batcher:
         self._observer = observer
         self._loop = asyncio.get_running_loop()
         self._changed = threading.Condition()
-        self._slots = threading.Semaphore(engine.max_in_flight)
         # All below: only with `_changed` held.
         self._heap: list[Waiting] = []
         self._heap_tokens = 0
         self._queued_tokens = 0
         self._jobs: set[Job] = set()
         self._taken = 0
+        self._running = 0
+        self._prepared: list[Waiting] = []
         self._clock = 0
         self._tickets = itertools.count()
         self._rate = 0.0
@@ -206,7 +207,7 @@ class Batcher:
             self._queued_tokens += job.tokens
             self._jobs.add(job)
             self._idle.clear()
-            self._changed.notify()
+            self._changed.notify_all()
 
     def _leave(self, job: Job) -> None:
         """The request is over, however it ended."""
@@ -230,14 +231,16 @@ class Batcher:
                     bucket,
                     [Row(row.encoding, row.job.dimensions, row.job.normalize, i) for i, row in enumerate(rows)],
                 )
-                with self._slots:
-                    if self._put_back(rows):
-                        continue
-                    start = time.perf_counter()
+                if not self._await_turn(rows):
+                    continue
+                start = time.perf_counter()
+                try:
                     vectors = self._engine.run(batch)
-                    seconds = time.perf_counter() - start
-                self._deliver(batch, rows, vectors)
+                finally:
+                    self._end_turn()
+                seconds = time.perf_counter() - start
                 self._measure(batch, seconds)
+                self._deliver(batch, rows, vectors)
             except Exception as error:
                 # Whatever went wrong, its callers must hear of it; the next batch is another matter.
                 logger.exception("a batch of the bucket %s failed", bucket)
@@ -246,7 +249,7 @@ class Batcher:
             finally:
                 with self._changed:
                     self._taken -= 1
-                    self._changed.notify()
+                    self._changed.notify_all()
 
     def _take(self) -> tuple[Bucket, list[Waiting]] | None:
         """The next batch's rows; waits for work. None when the batcher is closed."""
@@ -256,7 +259,7 @@ class Batcher:
                 if (full or not self._taken) and (taken := self._choose()) is not None:
                     self._taken += 1
                     if self._heap:
-                        self._changed.notify()
+                        self._changed.notify_all()
                     return taken
                 self._changed.wait()
             return None
@@ -279,16 +282,31 @@ class Batcher:
         self._push(row for i, row in enumerate(window) if i not in chosen)
         return plan.bucket, [window[i] for i in plan.items]
 
-    def _put_back(self, rows: Sequence[Waiting]) -> bool:
-        """Give a batch up that was made ahead, if by now something more urgent waits or all its clients have gone."""
+    def _await_turn(self, rows: Sequence[Waiting]) -> bool:
+        """Wait until the engine is free and no batch that is made is more urgent.
+
+        Returns:
+            False if the batch was given up: by now something more urgent waits, or all its clients have gone.
+        """
+        first = min(rows)
         with self._changed:
-            first = min(rows)
+            # An ordered list and not a semaphore, which would let the same thread in again and again.
+            heapq.heappush(self._prepared, first)
+            self._changed.wait_for(lambda: self._running < self._engine.max_in_flight and self._prepared[0] is first)
+            heapq.heappop(self._prepared)
+            self._changed.notify_all()
             outranked = bool(self._heap) and self._heap[0] < first and not self._heap[0].job.dead
             if outranked or all(row.job.dead for row in rows):
                 self._push(row for row in rows if not row.job.dead)
-                return True
+                return False
+            self._running += 1
             self._clock = max(self._clock, first.tag)
-            return False
+            return True
+
+    def _end_turn(self) -> None:
+        with self._changed:
+            self._running -= 1
+            self._changed.notify_all()
 
     def _push(self, rows: Iterable[Waiting]) -> None:
         for row in rows:

@@ -1,0 +1,39 @@
+"""Fixtures with real servers; the class is in servers.py, what stands in for an engine in fakes.py."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from servers import Server
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Executables of the servers of a session: the second one starts faster."""
+    return tmp_path_factory.mktemp("server-cache")
+
+
+@pytest.fixture
+def start(cache: Path) -> Iterator[Callable[..., Server]]:
+    """Starts servers, and ends those that a test leaves."""
+    servers = []
+
+    def begin(*flags: str, **environment: str) -> Server:
+        servers.append(Server("--cache-dir", str(cache), *flags, **environment))
+        return servers[-1]
+
+    yield begin
+    for server in servers:
+        if server.process.poll() is None:
+            server.process.kill()
+            server.process.wait()
+
+
+@pytest.fixture(scope="session")
+def server(cache: Path) -> Iterator[Server]:
+    """The default model, served; shared by the session."""
+    running = Server("--cache-dir", str(cache))
+    try:
+        yield running.wait_until_ready()
+    finally:
+        running.stop()

@@ -1,0 +1,380 @@
+"""The batcher with a fake engine: every request gets its own rows, and every way out completes."""
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+
+import numpy as np
+import pytest
+from fakes import FakeEngine, encoding, vector
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxembed.buckets import Ladder
+from jaxembed.errors import BucketError
+from jaxembed.types import Bucket
+from jaxembed_server.batcher import Batcher
+from jaxembed_server.errors import NotReadyError, QueueFullError
+
+LIMIT = 10_000
+
+
+def run(engine: FakeEngine, use: Callable[[Batcher], Awaitable[None]], limit: int = LIMIT) -> None:
+    """Run a test on a loop of its own, at most 30 s, with a batcher that is closed at the end."""
+
+    async def main() -> None:
+        batcher = Batcher(engine, max_queue_tokens=limit)
+        try:
+            async with asyncio.timeout(30):
+                await use(batcher)
+        finally:
+            engine.gate.set()
+            batcher.close()
+
+    asyncio.run(main())
+
+
+def submit(batcher: Batcher, *rows: tuple[int, ...], **options: int) -> "asyncio.Task[np.ndarray]":
+    options = {"dimensions": 4, "normalize": False, **options}
+    return asyncio.get_running_loop().create_task(batcher.submit([encoding(*row) for row in rows], **options))
+
+
+async def settle() -> None:
+    """Let every task that can run do so."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def started(engine: FakeEngine) -> None:
+    """Wait until the engine holds a batch."""
+    assert await asyncio.to_thread(engine.started.wait, 10)
+
+
+def hold(engine: FakeEngine) -> None:
+    engine.gate.clear()
+    engine.started.clear()
+
+
+def test_one_row() -> None:
+    async def use(batcher: Batcher) -> None:
+        result = await submit(batcher, (5, 6))
+        np.testing.assert_array_equal(result, [vector([5, 6])])
+        assert batcher.queued_tokens == 0
+
+    run(FakeEngine(), use)
+
+
+def test_no_rows() -> None:
+    async def use(batcher: Batcher) -> None:
+        assert (await submit(batcher)).shape == (0, 4)
+
+    run(FakeEngine(), use)
+
+
+@settings(max_examples=25)
+@given(st.lists(st.lists(st.integers(1, 16), min_size=1, max_size=20), min_size=1, max_size=8), st.integers(1, 2))
+def test_every_request_gets_its_own_rows_in_order(lengths: list[list[int]], in_flight: int) -> None:
+    requests = [[tuple(range(k + 1, k + 1 + n)) for n in rows] for k, rows in enumerate(lengths)]
+
+    async def use(batcher: Batcher) -> None:
+        results = await asyncio.gather(*(submit(batcher, *rows) for rows in requests))
+        for rows, result in zip(requests, results, strict=True):
+            np.testing.assert_array_equal(result, [vector(row) for row in rows])
+        assert batcher.queued_tokens == 0
+
+    engine = FakeEngine(max_in_flight=in_flight)
+    run(engine, use)
+    assert engine.rows == sum(map(len, requests))
+
+
+def test_a_batch_is_what_queued_up_while_the_engine_was_busy() -> None:
+    engine = FakeEngine(Ladder([Bucket(1, 4), Bucket(8, 4)]))
+
+    async def use(batcher: Batcher) -> None:
+        hold(engine)
+        first = submit(batcher, (1,))
+        await started(engine)
+        others = [submit(batcher, (n,)) for n in range(2, 8)]
+        await settle()
+        engine.gate.set()
+        await asyncio.gather(first, *others)
+
+    run(engine, use)
+    assert [batch.rows for batch in engine.batches] == [1, 6]
+
+
+def test_a_full_batch_is_made_ahead_but_runs_only_when_the_engine_is_free() -> None:
+    engine = FakeEngine(Ladder([Bucket(1, 4), Bucket(2, 4)]))
+
+    async def use(batcher: Batcher) -> None:
+        hold(engine)
+        first = submit(batcher, (1,))
+        await started(engine)
+        others = submit(batcher, *[(n, n, n, n) for n in range(2, 8)])
+        await settle()
+        assert len(engine.batches) == 1
+        engine.gate.set()
+        await asyncio.gather(first, others)
+
+    run(engine, use)
+    assert [batch.rows for batch in engine.batches] == [1, 2, 2, 2]
+
+
+def test_a_large_request_is_split_and_put_together_again() -> None:
+    rows = [tuple(range(1, 2 + n % 16)) for n in range(100)]
+
+    async def use(batcher: Batcher) -> None:
+        np.testing.assert_array_equal(await submit(batcher, *rows), [vector(row) for row in rows])
+
+    engine = FakeEngine()
+    run(engine, use)
+    assert len(engine.batches) >= 25
+
+
+def test_requests_of_other_sizes_share_a_batch() -> None:
+    engine = FakeEngine(Ladder([Bucket(4, 4)]))
+
+    async def use(batcher: Batcher) -> None:
+        hold(engine)
+        first = submit(batcher, (1,))
+        await started(engine)
+        two, three = submit(batcher, (7, 8), dimensions=2), submit(batcher, (9,), dimensions=3, normalize=True)
+        await settle()
+        engine.gate.set()
+        await first
+        assert (await two).tolist() == [[15, 2]]
+        assert (await three).tolist() == [[9, 1, 9]]
+
+    run(engine, use)
+    batch = engine.batches[-1]
+    assert batch.rows == 2
+    assert sorted(zip(batch.dimensions.tolist(), batch.normalize.tolist(), strict=True))[-2:] == [(2, False), (3, True)]
+
+
+def test_a_failing_engine_reaches_its_caller_and_no_other() -> None:
+    engine = FakeEngine()
+
+    async def use(batcher: Batcher) -> None:
+        engine.failure = RuntimeError("out of memory")
+        with pytest.raises(RuntimeError, match="out of memory"):
+            await submit(batcher, (1,), (2,))
+        engine.failure = None
+        assert (await submit(batcher, (3,))).tolist() == [[3, 1, 3, 1]]
+        assert batcher.queued_tokens == 0
+
+    run(engine, use)
+
+
+def test_a_request_fails_once_when_one_of_its_batches_does() -> None:
+    engine = FakeEngine(Ladder([Bucket(1, 16)]))
+
+    async def use(batcher: Batcher) -> None:
+        hold(engine)
+        request = submit(batcher, *[(n,) for n in range(1, 9)])
+        await started(engine)
+        engine.failure = RuntimeError("once")
+        engine.gate.set()
+        with pytest.raises(RuntimeError, match="once"):
+            await request
+        engine.failure = None
+        # What was left of the failed request is dropped, not run.
+        assert (await submit(batcher, (3,))).tolist() == [[3, 1, 3, 1]]
+
+    run(engine, use)
+    assert engine.rows < 9
+
+
+def test_an_engine_that_returns_too_few_rows_is_an_error() -> None:
+    engine = FakeEngine()
+    engine.spoil = lambda vectors: vectors[:-1]
+
+    async def use(batcher: Batcher) -> None:
+        with pytest.raises(ValueError, match="returned"):
+            await submit(batcher, (1,), (2,))
+
+    run(engine, use)
+
+
+def test_a_row_longer_than_the_ladder_is_refused_at_once() -> None:
+    async def use(batcher: Batcher) -> None:
+        with pytest.raises(BucketError, match="17 tokens"):
+            await submit(batcher, tuple(range(1, 18)))
+        assert batcher.queued_tokens == 0
+
+    run(FakeEngine(), use)
+
+
+def test_cancelled_requests_are_not_run() -> None:
+    engine = FakeEngine()
+
+    async def use(batcher: Batcher) -> None:
+        hold(engine)
+        first = submit(batcher, (1,))
+        await started(engine)
+        gone = [submit(batcher, (2,), (3,)) for _ in range(5)]
+        stays = submit(batcher, (4,))
+        await settle()
+        for task in gone:
+            task.cancel()
+        await settle()
+        assert batcher.queued_tokens == 2
+        engine.gate.set()
+        await asyncio.gather(first, stays)
+        assert all(task.cancelled() for task in gone)
+
+    run(engine, use)
+    assert engine.rows == 2
+
+
+def test_a_batch_made_ahead_is_dropped_when_all_its_clients_go() -> None:
+    engine = FakeEngine(Ladder([Bucket(1, 4)]))
+
+    async def use(batcher: Batcher) -> None:
+        hold(engine)
+        first = submit(batcher, (1,))
+        await started(engine)
+        gone = submit(batcher, (2, 2, 2, 2))
+        await asyncio.sleep(0.05)
+        gone.cancel()
+        await settle()
+        engine.gate.set()
+        await first
+        assert (await submit(batcher, (3,))).tolist() == [[3, 1, 3, 1]]
+
+    run(engine, use)
+    assert [batch.input_ids[0, 0] for batch in engine.batches] == [1, 3]
+
+
+def test_overload_is_refused_and_says_when_to_come_back() -> None:
+    engine = FakeEngine()
+
+    async def use(batcher: Batcher) -> None:
+        await submit(batcher, (1, 2))  # Gives the batcher a drain rate.
+        hold(engine)
+        first = submit(batcher, *[(1, 2, 3, 4)] * 5)
+        await started(engine)
+        with pytest.raises(QueueFullError, match="20 tokens are waiting, 20 may") as refused:
+            await submit(batcher, (1,))
+        assert refused.value.retry_after > 0
+        engine.gate.set()
+        await first
+        await submit(batcher, (1,))
+
+    run(engine, use, limit=20)
+
+
+def test_a_request_larger_than_the_queue_runs_when_nothing_waits() -> None:
+    async def use(batcher: Batcher) -> None:
+        assert len(await submit(batcher, *[(1, 2, 3, 4)] * 5)) == 5
+
+    run(FakeEngine(), use, limit=3)
+
+
+def test_drain_finishes_what_is_in_and_takes_no_more() -> None:
+    engine = FakeEngine()
+
+    async def use(batcher: Batcher) -> None:
+        hold(engine)
+        waiting = [submit(batcher, (n,)) for n in range(1, 10)]
+        await started(engine)
+        draining = asyncio.create_task(batcher.drain())
+        await settle()
+        with pytest.raises(NotReadyError):
+            await submit(batcher, (1,))
+        assert not draining.done()
+        engine.gate.set()
+        await draining
+        assert [task.result()[0][0] for task in waiting] == list(range(1, 10))
+
+    run(engine, use)
+
+
+def test_draining_an_idle_batcher_returns_at_once() -> None:
+    async def use(batcher: Batcher) -> None:
+        await batcher.drain()
+
+    run(FakeEngine(), use)
+
+
+def test_close_fails_what_waits_and_ends_the_threads() -> None:
+    engine = FakeEngine()
+
+    async def use(batcher: Batcher) -> None:
+        hold(engine)
+        waiting = [submit(batcher, (n,)) for n in range(1, 10)]
+        await started(engine)
+        batcher.close()
+        for task in waiting:
+            with pytest.raises(NotReadyError):
+                await task
+        engine.gate.set()
+        for thread in [t for t in threading.enumerate() if t.name.startswith("device-")]:
+            await asyncio.to_thread(thread.join, 10)
+            assert not thread.is_alive()
+
+    run(engine, use)
+
+
+def order_of_first_ids(engine: FakeEngine) -> list[int]:
+    return [int(i) for batch in engine.batches for i in batch.input_ids[: batch.rows, 0]]
+
+
+def test_a_single_query_passes_a_bulk_job() -> None:
+    engine = FakeEngine(Ladder([Bucket(1, 4)]))
+
+    async def use(batcher: Batcher) -> None:
+        hold(engine)
+        bulk = submit(batcher, *[(7, 7, 7, 7)] * 50)
+        await started(engine)
+        query = submit(batcher, (9,))
+        await settle()
+        engine.gate.set()
+        await asyncio.gather(query, bulk)
+
+    run(engine, use)
+    assert order_of_first_ids(engine).index(9) <= 3
+
+
+def test_two_bulk_jobs_share_the_engine() -> None:
+    engine = FakeEngine(Ladder([Bucket(1, 4)]))
+
+    async def use(batcher: Batcher) -> None:
+        hold(engine)
+        jobs = [submit(batcher, *[(n,) * 4] * 20) for n in (5, 6)]
+        await started(engine)
+        await settle()
+        engine.gate.set()
+        await asyncio.gather(*jobs)
+
+    run(engine, use)
+    order = order_of_first_ids(engine)
+    assert abs(order[:20].count(5) - order[:20].count(6)) <= 4
+
+
+def test_a_lower_priority_number_goes_first() -> None:
+    engine = FakeEngine(Ladder([Bucket(1, 4)]))
+
+    async def use(batcher: Batcher) -> None:
+        hold(engine)
+        first = submit(batcher, (1,))
+        await started(engine)
+        jobs = [submit(batcher, (n,), priority=n) for n in (8, 3, 5)]
+        await settle()
+        engine.gate.set()
+        await asyncio.gather(first, *jobs)
+
+    run(engine, use)
+    assert order_of_first_ids(engine) == [1, 3, 5, 8]
+
+
+def test_the_observer_is_told_of_every_batch() -> None:
+    told = []
+    engine = FakeEngine(Ladder([Bucket(4, 4)]))
+
+    async def main() -> None:
+        batcher = Batcher(engine, max_queue_tokens=LIMIT, observer=lambda *batch: told.append(batch))
+        await batcher.submit([encoding(1, 2), encoding(3)], dimensions=4, normalize=False)
+        batcher.close()
+
+    asyncio.run(main())
+    assert [(bucket, rows, tokens) for bucket, rows, tokens, _ in told] == [(Bucket(4, 4), 2, 3)]
