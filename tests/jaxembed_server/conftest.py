@@ -1,5 +1,6 @@
 """Fixtures with real servers; the class is in servers.py, what stands in for an engine in fakes.py."""
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,9 +25,7 @@ def start(cache: Path) -> Iterator[Callable[..., Server]]:
 
     yield begin
     for server in servers:
-        if server.process.poll() is None:
-            server.process.kill()
-            server.process.wait()
+        server.stop(signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")

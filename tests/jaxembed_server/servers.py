@@ -10,6 +10,8 @@ import time
 import urllib.request
 from collections.abc import Callable
 
+import openai
+
 
 class Server:
     """`python -m jaxembed_server` on a free port.
@@ -58,10 +60,16 @@ class Server:
             assert time.monotonic() < end, f"still not so after {seconds} s:\n{self.output}"
             time.sleep(0.02)
 
+    def client(self, key: str = "unused") -> openai.OpenAI:
+        """The official client; to be used in a `with`."""
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key)
+
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Ask it to end; its exit status."""
         if self.process.poll() is None:
             self.process.send_signal(number)
         status = self.process.wait(60)
         self._reader.join(10)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
         return status

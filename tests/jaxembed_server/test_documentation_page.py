@@ -3,7 +3,7 @@
 import base64
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +25,9 @@ def post(server: Server, **body: object) -> requests.Response:
 
 
 @pytest.fixture
-def client(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused")
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with server.client() as client:
+        yield client
 
 
 def test_single_text(server: Server, minilm: Embedder) -> None:
@@ -79,11 +80,11 @@ def test_matryoshka(start: Callable[..., Server], minilm_folder: Path, minilm: E
     assert vector.shape == (256,)
     cut = minilm.encode(text)[:256]
     np.testing.assert_allclose(vector, cut / np.linalg.norm(cut), rtol=0, atol=SAME)
-    official = openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused")
-    by_client = official.embeddings.create(model=NOMIC, input=text, dimensions=256)
-    np.testing.assert_allclose(by_client.data[0].embedding, vector, rtol=0, atol=SAME)
-    with pytest.raises(openai.BadRequestError, match="128, 256, 384"):
-        official.embeddings.create(model=NOMIC, input=text, dimensions=200)
+    with server.client() as official:
+        by_client = official.embeddings.create(model=NOMIC, input=text, dimensions=256)
+        np.testing.assert_allclose(by_client.data[0].embedding, vector, rtol=0, atol=SAME)
+        with pytest.raises(openai.BadRequestError, match="128, 256, 384"):
+            official.embeddings.create(model=NOMIC, input=text, dimensions=200)
 
 
 def test_base64(server: Server, client: openai.OpenAI, minilm: Embedder) -> None:
