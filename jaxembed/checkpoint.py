@@ -155,9 +155,14 @@ def resolve(name: str, *, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES), local_files_only=True))
+        cached = Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES), local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         tried.append("not in the local hub cache")
+    else:
+        # The cache gives whatever it has, as after a look at config.json alone or a download cut short.
+        if any(cached.rglob("config.json")) and any(cached.rglob("*.safetensors")):
+            return cached
+        tried.append("in the local hub cache only in part")
     try:
         logger.info("downloading %s from the hub", name)
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))

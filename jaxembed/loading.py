@@ -31,6 +31,9 @@ __all__ = ["DTYPES", "Model", "load"]
 DTYPES = ("float32", "bfloat16")
 """What the matrices may be held in. Norms, biases, softmax and pooling are float32 always."""
 
+DEFAULT_LENGTH = 512
+"""Tokens an input may have where neither the checkpoint nor the architecture says."""
+
 Leaves = Sequence[jax.Array]
 
 
@@ -176,9 +179,10 @@ def load(
     config = arch.config(checkpoint.config)
     # An explicit request may exceed the checkpoint's own limit, never the model's positions.
     longest = config.max_length
-    chosen = max_length or min(n for n in (checkpoint.max_length, longest) if n is not None)
+    known = [n for n in (checkpoint.max_length, longest) if n is not None]
+    chosen = max_length if max_length is not None else min(known, default=DEFAULT_LENGTH)
     if chosen < 1 or (longest is not None and chosen > longest):
-        raise ValueError(f"max_length is {chosen}; allowed: 1 to {longest}")
+        raise ValueError(f"max_length is {chosen}; allowed: " + (f"1 to {longest}" if longest else "at least 1"))
     mesh = make_mesh() if mesh is None else mesh
     structure = Structure(arch, config, dtype)
     arrays = collect(arch, structure, Tensors(checkpoint.folder))

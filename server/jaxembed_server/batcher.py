@@ -8,8 +8,9 @@
 4. The engine runs the batch; rows go to their requests by the owner index that travels in it.
 5. Every way out completes the request's future: result, error, cancellation, shutdown.
 
-Rows are ordered by (priority, start tag): start-time fair queueing (Goyal, Vin & Cheng, 1996), so that a single query
-passes a bulk job and neither starves. Within a request the longest rows go first: alike lengths share batches.
+Rows are ordered by (priority, finish tag): weighted fair queueing (Demers, Keshav & Shenker, 1989) with tokens for
+bytes and requests for flows, so that a single query passes a bulk job and neither starves. Within a request the
+longest rows go first: alike lengths share batches.
 
 Knows neither HTTP nor JAX: the engine is a protocol, and a fake one tests every path.
 """
@@ -38,8 +39,11 @@ logger = logging.getLogger(__name__)
 WINDOW = 2
 """How many full batches of rows are looked at to plan one: more would pad less and overtake more."""
 
-SMOOTHING = 0.1
-"""Weight of the newest batch in the measured drain rate."""
+FADING = 0.95
+"""What is left of a batch's weight in the measured drain rate when the next one has run."""
+
+LONGEST_WAIT = 60.0
+"""Seconds that a refusal asks a client to wait at most: OpenAI's clients give up when it is over two minutes."""
 
 
 class Engine(Protocol):
@@ -78,7 +82,7 @@ class Waiting(NamedTuple):
     """A row in the heap; compared by its first three fields, of which `ticket` is unique."""
 
     priority: int
-    tag: int
+    tag: float
     ticket: int
     job: Job
     item: int
@@ -113,9 +117,11 @@ class Batcher:
         self._taken = 0
         self._running = 0
         self._prepared: list[Waiting] = []
-        self._clock = 0
+        # Virtual time of the fair queue: it goes by the tokens run over the requests that share the engine.
+        self._clock = 0.0
         self._tickets = itertools.count()
-        self._rate = 0.0
+        self._run_tokens = 0.0
+        self._run_seconds = 0.0
         self._draining = False
         self._closed = False
         self._idle = asyncio.Event()
@@ -198,11 +204,11 @@ class Batcher:
                 raise NotReadyError("shutting down")
             waiting = self._queued_tokens
             if waiting and waiting + job.tokens > self._max_queue_tokens:
-                raise QueueFullError(waiting, self._max_queue_tokens, waiting / self._rate if self._rate else 1.0)
+                raise QueueFullError(waiting, self._max_queue_tokens, self._drain_seconds())
             tag = self._clock
             for index in order:
-                heapq.heappush(self._heap, Waiting(priority, tag, next(self._tickets), job, index))
                 tag += len(job.encodings[index])
+                heapq.heappush(self._heap, Waiting(priority, tag, next(self._tickets), job, index))
             self._heap_tokens += job.tokens
             self._queued_tokens += job.tokens
             self._jobs.add(job)
@@ -300,7 +306,7 @@ class Batcher:
                 self._push(row for row in rows if not row.job.dead)
                 return False
             self._running += 1
-            self._clock = max(self._clock, first.tag)
+            self._clock += sum(len(row.encoding) for row in rows) / max(1, len(self._jobs))
             return True
 
     def _end_turn(self) -> None:
@@ -352,6 +358,13 @@ class Batcher:
     def _measure(self, batch: Batch, seconds: float) -> None:
         tokens = int(batch.lengths.sum())
         self._observer(batch.bucket, batch.rows, tokens, seconds)
-        rate = tokens / max(seconds, 1e-6)
         with self._changed:
-            self._rate = rate if not self._rate else (1 - SMOOTHING) * self._rate + SMOOTHING * rate
+            # Tokens and seconds fade separately: their ratio is the rate, and a small batch counts as little as it is.
+            self._run_tokens = FADING * self._run_tokens + tokens
+            self._run_seconds = FADING * self._run_seconds + seconds
+
+    def _drain_seconds(self) -> float:
+        """How long what waits should take at the measured rate."""
+        if not self._run_tokens:
+            return 1.0
+        return min(LONGEST_WAIT, self._queued_tokens * self._run_seconds / self._run_tokens)

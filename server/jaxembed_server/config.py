@@ -108,7 +108,7 @@ class ServerConfig:
     port: int = setting(8000, port, "port to listen on; 0 for any free one")
     api_key: tuple[str, ...] = setting((), names, "keys that clients must send as a bearer token, separated by commas")
     served_model_name: tuple[str, ...] = setting(
-        (), names, "names that clients may call the model by, separated by commas; the first is reported"
+        (), names, "names that clients may call the model by, separated by commas"
     )
     dtype: str = setting("float32", one_of("float32", "bfloat16"), "of the model's matrices")
     revision: str | None = setting(None, str, "branch, tag or commit of the model on the hub")
@@ -138,7 +138,7 @@ class ServerConfig:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What clients may call the model; the first is what is reported."""
+        """What clients may call the model; the first is the default's."""
         return self.served_model_name or (self.model,)
 
 

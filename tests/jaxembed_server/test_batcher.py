@@ -335,6 +335,22 @@ def test_a_single_query_passes_a_bulk_job() -> None:
     assert order_of_first_ids(engine).index(9) <= 3
 
 
+def test_a_bulk_job_is_not_starved_by_a_stream_of_single_queries() -> None:
+    engine = FakeEngine(Ladder([Bucket(4, 4)]))
+
+    async def use(batcher: Batcher) -> None:
+        async def client() -> None:
+            while not bulk.done():
+                await submit(batcher, (9, 9, 9, 9))
+
+        bulk = submit(batcher, *[(7, 7, 7, 7)] * 50)
+        await asyncio.gather(bulk, *(client() for _ in range(32)))
+
+    run(engine, use)
+    # One of 33 requests that share the engine: about one row of each 33.
+    assert len(order_of_first_ids(engine)) < 2 * 33 * 50
+
+
 def test_two_bulk_jobs_share_the_engine() -> None:
     engine = FakeEngine(Ladder([Bucket(1, 4)]))
 
