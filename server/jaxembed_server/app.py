@@ -12,8 +12,9 @@ from werkzeug.exceptions import HTTPException
 from jaxembed_server.config import ServerConfig
 from jaxembed_server.errors import ApiError, from_exception
 from jaxembed_server.metrics import Metrics
+from jaxembed_server.model import Loader, load_model
 from jaxembed_server.routes import blueprints
-from jaxembed_server.service import Loader, Service, load_model
+from jaxembed_server.service import Service
 
 __all__ = ["create_app", "service_of"]
 

@@ -1,6 +1,6 @@
 """Requests in, batches out: a queue between the event loop and the device threads.
 
-1. `submit` admits a request by queued tokens, or refuses it, and puts its rows into a heap.
+1. `submit` admits a request by queued tokens, or refuses it, and lets its rows wait.
 2. A device thread that is free takes the most urgent rows, drops those whose client has gone, and has the ladder plan
    them into the batch that holds the most urgent one. It never waits while there is work and the device is idle:
    no timer, no poll. A batch is what queued up while the device was busy.
@@ -8,22 +8,19 @@
 4. The engine runs the batch; rows go to their requests by the owner index that travels in it.
 5. Every way out completes the request's future: result, error, cancellation, shutdown.
 
-Rows are ordered by (priority, finish tag): weighted fair queueing (Demers, Keshav & Shenker, 1989) with tokens for
-bytes and requests for flows, so that a single query passes a bulk job and neither starves. Within a request the
-longest rows go first: alike lengths share batches.
+Which rows are the most urgent is `fair_queue`'s to say.
 
 Knows neither HTTP nor JAX: the engine is a protocol, and a fake one tests every path.
 """
 
 import asyncio
 import heapq
-import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -31,13 +28,11 @@ import numpy.typing as npt
 from jaxembed.buckets import Ladder, Row, pack
 from jaxembed.types import Batch, Bucket, Encoding
 from jaxembed_server.errors import NotReadyError, QueueFullError
+from jaxembed_server.fair_queue import FairQueue, Flow, Waiting
 
 __all__ = ["Batcher", "Engine", "Observer"]
 
 logger = logging.getLogger(__name__)
-
-WINDOW = 2
-"""How many full batches of rows are looked at to plan one: more would pad less and overtake more."""
 
 FADING = 0.95
 """What is left of a batch's weight in the measured drain rate when the next one has run."""
@@ -64,32 +59,22 @@ Observer = Callable[[Bucket, int, int, float], None]
 """Told of each batch: bucket, rows, real tokens, seconds."""
 
 
-@dataclass(eq=False)
-class Job:
-    """One request on its way."""
+@dataclass(eq=False, kw_only=True)
+class Job(Flow):
+    """One request on its way.
 
-    encodings: Sequence[Encoding]
+    Attributes:
+        missing: rows that have not come back yet.
+    """
+
     dimensions: int
     normalize: bool
     result: npt.NDArray[np.float32]
     future: "asyncio.Future[npt.NDArray[np.float32]]"
     missing: int
-    tokens: int
-    dead: bool = False
 
 
-class Waiting(NamedTuple):
-    """A row in the heap; compared by its first three fields, of which `ticket` is unique."""
-
-    priority: int
-    tag: float
-    ticket: int
-    job: Job
-    item: int
-
-    @property
-    def encoding(self) -> Encoding:
-        return self.job.encodings[self.item]
+Rows = Sequence[Waiting[Job]]
 
 
 class Batcher:
@@ -110,16 +95,12 @@ class Batcher:
         self._loop = asyncio.get_running_loop()
         self._changed = threading.Condition()
         # All below: only with `_changed` held.
-        self._heap: list[Waiting] = []
-        self._heap_tokens = 0
+        self._queue = FairQueue[Job](engine.ladder)
         self._queued_tokens = 0
         self._jobs: set[Job] = set()
         self._taken = 0
         self._running = 0
-        self._prepared: list[Waiting] = []
-        # Virtual time of the fair queue: it goes by the tokens run over the requests that share the engine.
-        self._clock = 0.0
-        self._tickets = itertools.count()
+        self._prepared: list[Waiting[Job]] = []
         self._run_tokens = 0.0
         self._run_seconds = 0.0
         self._draining = False
@@ -170,7 +151,6 @@ class Batcher:
             result=np.empty((len(encodings), dimensions), np.float32),
             future=self._loop.create_future(),
             missing=len(encodings),
-            tokens=sum(map(len, encodings)),
         )
         if not encodings:
             return job.result
@@ -198,19 +178,15 @@ class Batcher:
     # On the event loop.
 
     def _admit(self, job: Job, priority: int) -> None:
-        order = sorted(range(len(job.encodings)), key=lambda i: len(job.encodings[i]), reverse=True)
+        tokens = job.tokens
         with self._changed:
             if self._draining:
                 raise NotReadyError("shutting down")
             waiting = self._queued_tokens
-            if waiting and waiting + job.tokens > self._max_queue_tokens:
+            if waiting and waiting + tokens > self._max_queue_tokens:
                 raise QueueFullError(waiting, self._max_queue_tokens, self._drain_seconds())
-            tag = self._clock
-            for index in order:
-                tag += len(job.encodings[index])
-                heapq.heappush(self._heap, Waiting(priority, tag, next(self._tickets), job, index))
-            self._heap_tokens += job.tokens
-            self._queued_tokens += job.tokens
+            self._queue.add(job, priority)
+            self._queued_tokens += tokens
             self._jobs.add(job)
             self._idle.clear()
             self._changed.notify_all()
@@ -223,8 +199,7 @@ class Batcher:
             self._queued_tokens -= job.tokens
             if not self._jobs:
                 # Rows of cancelled requests may be all there is left.
-                self._heap.clear()
-                self._heap_tokens = 0
+                self._queue.clear()
                 self._idle.set()
 
     # In the device threads.
@@ -235,7 +210,7 @@ class Batcher:
             try:
                 batch = pack(
                     bucket,
-                    [Row(row.encoding, row.job.dimensions, row.job.normalize, i) for i, row in enumerate(rows)],
+                    [Row(row.encoding, row.flow.dimensions, row.flow.normalize, i) for i, row in enumerate(rows)],
                 )
                 if not self._await_turn(rows):
                     continue
@@ -250,45 +225,26 @@ class Batcher:
             except Exception as error:
                 # Whatever went wrong, its callers must hear of it; the next batch is another matter.
                 logger.exception("a batch of the bucket %s failed", bucket)
-                for job in {row.job for row in rows}:
+                for job in {row.flow for row in rows}:
                     self._fail(job, error)
             finally:
                 with self._changed:
                     self._taken -= 1
                     self._changed.notify_all()
 
-    def _take(self) -> tuple[Bucket, list[Waiting]] | None:
+    def _take(self) -> tuple[Bucket, list[Waiting[Job]]] | None:
         """The next batch's rows; waits for work. None when the batcher is closed."""
         with self._changed:
             while not self._closed:
-                full = self._heap_tokens >= self._engine.ladder.max_tokens
-                if (full or not self._taken) and (taken := self._choose()) is not None:
+                if (self._queue.full or not self._taken) and (taken := self._queue.take()) is not None:
                     self._taken += 1
-                    if self._heap:
-                        self._changed.notify_all()
+                    # What is left may fill a batch for another thread.
+                    self._changed.notify_all()
                     return taken
                 self._changed.wait()
             return None
 
-    def _choose(self) -> tuple[Bucket, list[Waiting]] | None:
-        """Plan the most urgent rows and take the batch that holds the first of them."""
-        ladder = self._engine.ladder
-        window: list[Waiting] = []
-        tokens = 0
-        while self._heap and tokens < WINDOW * ladder.max_tokens and len(window) < WINDOW * ladder.max_rows:
-            row = heapq.heappop(self._heap)
-            self._heap_tokens -= len(row.encoding)
-            if not row.job.dead:
-                window.append(row)
-                tokens += len(row.encoding)
-        if not window:
-            return None
-        plan = ladder.first_batch([len(row.encoding) for row in window])
-        chosen = set(plan.items)
-        self._push(row for i, row in enumerate(window) if i not in chosen)
-        return plan.bucket, [window[i] for i in plan.items]
-
-    def _await_turn(self, rows: Sequence[Waiting]) -> bool:
+    def _await_turn(self, rows: Rows) -> bool:
         """Wait until the engine is free and no batch that is made is more urgent.
 
         Returns:
@@ -301,12 +257,11 @@ class Batcher:
             self._changed.wait_for(lambda: self._running < self._engine.max_in_flight and self._prepared[0] is first)
             heapq.heappop(self._prepared)
             self._changed.notify_all()
-            outranked = bool(self._heap) and self._heap[0] < first and not self._heap[0].job.dead
-            if outranked or all(row.job.dead for row in rows):
-                self._push(row for row in rows if not row.job.dead)
+            if self._queue.outranks(first) or all(row.flow.dead for row in rows):
+                self._queue.give_back(rows)
                 return False
             self._running += 1
-            self._clock += sum(len(row.encoding) for row in rows) / max(1, len(self._jobs))
+            self._queue.ran(rows, len(self._jobs))
             return True
 
     def _end_turn(self) -> None:
@@ -314,23 +269,18 @@ class Batcher:
             self._running -= 1
             self._changed.notify_all()
 
-    def _push(self, rows: Iterable[Waiting]) -> None:
-        for row in rows:
-            heapq.heappush(self._heap, row)
-            self._heap_tokens += len(row.encoding)
-
-    def _deliver(self, batch: Batch, rows: Sequence[Waiting], vectors: npt.NDArray[np.float32]) -> None:
+    def _deliver(self, batch: Batch, rows: Rows, vectors: npt.NDArray[np.float32]) -> None:
         if vectors.shape != (batch.rows, self._engine.dimension):
             raise ValueError(f"the engine returned {vectors.shape} for {batch.rows} rows of {self._engine.dimension}")
         finished = []
         for owner, vector in zip(batch.owners, vectors, strict=True):
             row = rows[owner]
-            row.job.result[row.item] = vector[: row.job.dimensions]
+            row.flow.result[row.item] = vector[: row.flow.dimensions]
         with self._changed:
             for row in rows:
-                row.job.missing -= 1
-                if not row.job.missing:
-                    finished.append(row.job)
+                row.flow.missing -= 1
+                if not row.flow.missing:
+                    finished.append(row.flow)
         for job in finished:
             self._complete(job, None)
 

@@ -9,28 +9,25 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
 import numpy.typing as npt
 
-from jaxembed.checkpoint import Checkpoint
-from jaxembed.embedder import Embedder, choose_prompt
+from jaxembed.embedder import choose_prompt
 from jaxembed.errors import InputError, NonFiniteError
-from jaxembed.matryoshka import Matryoshka, Policy
-from jaxembed.tokenizer import Tokenizer
+from jaxembed.matryoshka import Policy
 from jaxembed.types import Encoding
-from jaxembed.warmup import cache_folder, use_cache, warm
-from jaxembed_server.batcher import Batcher, Engine
+from jaxembed_server.batcher import Batcher
 from jaxembed_server.config import ServerConfig
 from jaxembed_server.errors import DeadlineError, NotReadyError, invalid
 from jaxembed_server.metrics import Metrics
+from jaxembed_server.model import Loaded, Loader, load_model
 from jaxembed_server.schemas import EmbeddingRequest
 
-__all__ = ["LOADER_THREAD", "Loaded", "Loader", "Progress", "Service", "State", "load_model"]
+__all__ = ["LOADER_THREAD", "Service", "State"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,58 +43,6 @@ class State(StrEnum):
     READY = "ready"
     DRAINING = "draining"
     FAILED = "failed"
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A model that is ready to serve."""
-
-    checkpoint: Checkpoint
-    tokenizer: Tokenizer
-    engine: Engine
-    matryoshka: Matryoshka
-
-
-Progress = Callable[[int, int], None]
-"""Told how many buckets of how many are compiled."""
-
-Loader = Callable[[ServerConfig, Progress], Loaded]
-
-
-def load_model(config: ServerConfig, progress: Progress) -> Loaded:
-    """Load and warm the model of the settings.
-
-    Raises:
-        JaxembedError: the checkpoint, this jaxlib or a compilation is at fault.
-        ValueError: a setting does not fit the model.
-    """
-    use_cache(cache_folder(config.cache_dir))
-    embedder = Embedder.from_pretrained(
-        config.model,
-        dtype=config.dtype,
-        max_length=config.max_length,
-        max_batch_tokens=config.max_batch_tokens,
-        revision=config.revision,
-    )
-    total, done = len(embedder.engine.ladder), 0
-    progress(done, total)
-
-    def one_more(_: object) -> None:
-        nonlocal done
-        done += 1
-        progress(done, total)
-
-    report = warm(embedder.engine, progress=one_more)
-    logger.info("%d shapes in %.1f s, %d from the cache", total, report.seconds, report.cache_hits)
-    checkpoint = embedder.model.checkpoint
-    matryoshka = Matryoshka.of(
-        config.model,
-        checkpoint.config,
-        embedder.dimension,
-        policy=Policy(config.matryoshka),
-        override=config.matryoshka_dimensions,
-    )
-    return Loaded(checkpoint, embedder.tokenizer, embedder.engine, matryoshka)
 
 
 class Service:

@@ -18,7 +18,7 @@ from jaxembed.matryoshka import Matryoshka
 from jaxembed.tokenizer import Tokenizer
 from jaxembed.types import Batch, Bucket, Encoding
 from jaxembed_server.config import ServerConfig
-from jaxembed_server.service import Loaded, Progress
+from jaxembed_server.model import Loaded, Progress
 
 VOCAB = 1000
 MAX_LENGTH = 16

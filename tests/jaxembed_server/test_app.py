@@ -16,7 +16,8 @@ from quart.typing import TestClientProtocol as Client
 from jaxembed.errors import CheckpointNotFoundError
 from jaxembed_server.app import create_app, service_of
 from jaxembed_server.config import ServerConfig
-from jaxembed_server.service import Loaded, Progress, State
+from jaxembed_server.model import Loaded, Progress
+from jaxembed_server.service import State
 
 NAME = "fake"
 JSON = {"Content-Type": "application/json"}

@@ -1,0 +1,126 @@
+"""Rows that wait, in the order in which they should run. Knows no threads, no futures, no engine.
+
+Weighted fair queueing (Demers, Keshav & Shenker, 1989) with tokens for bytes and requests for flows: rows are ordered
+by (priority, finish tag), so that a single query passes a bulk job and neither starves. Within a request the longest
+rows go first: alike lengths share batches.
+"""
+
+import heapq
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
+
+from jaxembed.buckets import Ladder
+from jaxembed.types import Bucket, Encoding
+
+__all__ = ["FairQueue", "Flow", "Waiting"]
+
+WINDOW = 2
+"""How many full batches of rows are looked at to plan one: more would pad less and overtake more."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Flow:
+    """One request, as far as the queue is concerned.
+
+    Attributes:
+        encodings: its rows.
+        dead: nobody waits for it any more: its rows are dropped when they come up.
+    """
+
+    encodings: Sequence[Encoding]
+    dead: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Of all rows."""
+        return sum(map(len, self.encodings))
+
+
+F = TypeVar("F", bound=Flow)
+
+
+class Waiting(NamedTuple, Generic[F]):
+    """A row that waits; compared by its first three fields, of which `ticket` is unique."""
+
+    priority: int
+    tag: float
+    ticket: int
+    flow: F
+    item: int
+
+    @property
+    def encoding(self) -> Encoding:
+        """The row itself."""
+        return self.flow.encodings[self.item]
+
+
+class FairQueue(Generic[F]):
+    """Waiting rows. Not safe for several threads at once: the owner holds a lock.
+
+    Args:
+        ladder: plans rows into batches.
+
+    Attributes:
+        tokens: of the rows that wait, those of dead flows included until they come up.
+    """
+
+    def __init__(self, ladder: Ladder) -> None:
+        self._ladder = ladder
+        self._heap: list[Waiting[F]] = []
+        self._tickets = itertools.count()
+        # Virtual time: it goes by the tokens run over the number of flows that share the engine.
+        self._clock = 0.0
+        self.tokens = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether the rows would fill the largest batch."""
+        return self.tokens >= self._ladder.max_tokens
+
+    def add(self, flow: F, priority: int) -> None:
+        """Let a flow's rows wait; a lower priority goes first."""
+        lengths = [len(encoding) for encoding in flow.encodings]
+        tag = self._clock
+        for item in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+            tag += lengths[item]
+            heapq.heappush(self._heap, Waiting(priority, tag, next(self._tickets), flow, item))
+        self.tokens += sum(lengths)
+
+    def take(self) -> tuple[Bucket, list[Waiting[F]]] | None:
+        """The next batch: the most urgent row and those that go best with it; None if nothing waits."""
+        window: list[Waiting[F]] = []
+        tokens = 0
+        while self._heap and tokens < WINDOW * self._ladder.max_tokens and len(window) < WINDOW * self._ladder.max_rows:
+            row = heapq.heappop(self._heap)
+            self.tokens -= len(row.encoding)
+            if not row.flow.dead:
+                window.append(row)
+                tokens += len(row.encoding)
+        if not window:
+            return None
+        plan = self._ladder.first_batch([len(row.encoding) for row in window])
+        chosen = set(plan.items)
+        self.give_back(row for i, row in enumerate(window) if i not in chosen)
+        return plan.bucket, [window[i] for i in plan.items]
+
+    def give_back(self, rows: Iterable[Waiting[F]]) -> None:
+        """Let rows wait again in their old places."""
+        for row in rows:
+            if not row.flow.dead:
+                heapq.heappush(self._heap, row)
+                self.tokens += len(row.encoding)
+
+    def outranks(self, row: Waiting[F]) -> bool:
+        """Whether a row that waits is more urgent than this one."""
+        return bool(self._heap) and self._heap[0] < row and not self._heap[0].flow.dead
+
+    def ran(self, rows: Sequence[Waiting[F]], flows: int) -> None:
+        """Move virtual time on: these rows are being run while so many flows share the engine."""
+        self._clock += sum(len(row.encoding) for row in rows) / max(1, flows)
+
+    def clear(self) -> None:
+        """Forget all rows."""
+        self._heap.clear()
+        self.tokens = 0
