@@ -7,7 +7,6 @@ mean pooling, as sentence-transformers does.
 
 import importlib.util
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +16,6 @@ from jaxembed.errors import CheckpointNotFoundError, CorruptCheckpointError, Uns
 from jaxembed.types import Pooling, PoolingMode
 
 __all__ = ["DEFAULT_MODEL", "PACKAGED", "Checkpoint", "resolve"]
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 """The model that `make serve` serves: an installed package carries it, so no hub is needed."""
@@ -154,20 +151,18 @@ def resolve(name: str, *, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
-        cached = Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES), local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        tried.append("not in the local hub cache")
-    else:
-        # The cache gives whatever it has, as after a look at config.json alone or a download cut short.
-        if any(cached.rglob("config.json")) and any(cached.rglob("*.safetensors")):
-            return cached
-        tried.append("in the local hub cache only in part")
-    try:
-        logger.info("downloading %s from the hub", name)
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        tried.append(f"not from the hub ({type(error).__name__})")
+    for place, local in (("the local hub cache", True), ("the hub", False)):
+        try:
+            found = Path(
+                snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES), local_files_only=local)
+            )
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            tried.append(f"not in {place}" if local else f"not from {place} ({type(error).__name__})")
+            continue
+        # Without a network both give whatever the cache has, as after a download that was cut short.
+        if any(found.rglob("config.json")) and any(found.rglob("*.safetensors")):
+            return found
+        tried.append(f"no config.json with safetensors in {place}")
     raise CheckpointNotFoundError(f"cannot find the checkpoint {name!r}: {'; '.join(tried)}")
 
 

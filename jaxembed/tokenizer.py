@@ -1,5 +1,6 @@
 """Text or token ids -> Encodings: prompts, special tokens and the length policy. Knows no model and no JAX."""
 
+import logging
 from collections.abc import Sequence
 from enum import StrEnum
 from functools import lru_cache
@@ -74,6 +75,8 @@ class Tokenizer:
         Raises:
             CorruptCheckpointError: the folder has no usable tokenizer files.
         """
+        # It warns at import that there is no torch, as if that were a fault.
+        logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())
         # Imported here: half a second that only a loaded model needs.
         from transformers import AutoTokenizer
 
