@@ -274,7 +274,7 @@ def listed(inputs: Inputs) -> tuple[Sequence[Any], bool]:
         return [inputs], True
     if isinstance(inputs, np.ndarray):
         return ([inputs], True) if inputs.ndim == 1 and inputs.dtype.kind in "iu" else (list(inputs), False)
-    if not isinstance(inputs, Sequence):
+    if not isinstance(inputs, Sequence) or isinstance(inputs, (bytes, bytearray)):
         raise InputTypeError(f"the input must be a string, a list of strings or token ids, not {type(inputs).__name__}")
     if inputs and all(isinstance(item, (int, np.integer)) and not isinstance(item, bool) for item in inputs):
         return [inputs], True

@@ -59,9 +59,10 @@ class Engine:
         self.model = model
         self.platform: str = model.mesh.devices.flat[0].platform
         devices = model.mesh.shape[DATA]
-        per_device = max_batch_tokens or MAX_BATCH_TOKENS.get(self.platform, OTHER_BATCH_TOKENS)
+        if max_batch_tokens is None:
+            max_batch_tokens = MAX_BATCH_TOKENS.get(self.platform, OTHER_BATCH_TOKENS)
         self.ladder = ladder or Ladder.default(
-            max_length=model.max_length, max_batch_tokens=per_device * devices, batch_multiple=devices
+            max_length=model.max_length, max_batch_tokens=max_batch_tokens * devices, batch_multiple=devices
         )
         bad = [bucket for bucket in self.ladder.buckets if bucket.batch_size % devices]
         if bad:

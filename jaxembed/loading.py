@@ -211,11 +211,11 @@ def collect(arch: Architecture, structure: Structure, tensors: Tensors) -> list[
         WeightsError: weights missing, left over, misshapen or not finite: all of them at once.
         UnsupportedModelError: the architecture's table lacks a parameter.
     """
-    keys = original_names(arch, tensors)
+    keys, doubles = original_names(arch, tensors)
     wanted = [checkpoint_name(arch, path) for path in structure.paths]
     prefix = max(arch.prefixes, key=lambda p: sum(p + weight.name in keys for weight in wanted))
     arrays: list[npt.NDArray[Any]] = []
-    missing, misshapen, unfinite = [], [], []
+    missing, misshapen, integers, unfinite = [], [], [], []
     for path, weight, shape in zip(structure.paths, wanted, structure.shapes, strict=True):
         key = keys.pop(prefix + weight.name, None)
         if key is None:
@@ -225,6 +225,8 @@ def collect(arch: Architecture, structure: Structure, tensors: Tensors) -> list[
         array = stored.T if weight.layout is Layout.TRANSPOSED else stored
         if array.shape != shape:
             misshapen.append(f"{key} has the shape {stored.shape}; as {path} it must give {shape}")
+        elif stored.dtype.kind in "iub":
+            integers.append(f"{key} holds {stored.dtype}, as a quantised model does")
         elif not np.isfinite(array).all():
             unfinite.append(f"{key} holds NaN or Inf")
         arrays.append(array)
@@ -234,22 +236,32 @@ def collect(arch: Architecture, structure: Structure, tensors: Tensors) -> list[
         for name, key in keys.items()
         if not any(pattern.fullmatch(name.removeprefix(prefix)) for pattern in ignored)
     )
-    problems = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen, "not finite": unfinite}
+    problems = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "misshapen": misshapen,
+        "not floating-point": integers,
+        "not finite": unfinite,
+        "two names for one weight": doubles,
+    }
     found = {title: entries for title, entries in problems.items() if entries}
     if found:
         raise WeightsError(tensors.where, found)
     return arrays
 
 
-def original_names(arch: Architecture, tensors: Tensors) -> dict[str, str]:
-    """Name after the architecture's renames -> key in the checkpoint."""
-    names = {}
+def original_names(arch: Architecture, tensors: Tensors) -> tuple[dict[str, str], list[str]]:
+    """Name after the architecture's renames -> key in the checkpoint; and the keys whose name another one has too."""
+    names: dict[str, str] = {}
+    doubles = []
     for key in tensors:
         name = key
         for pattern, replacement in arch.renames:
             name = re.sub(pattern, replacement, name)
+        if name in names:
+            doubles.append(f"{names[name]} and {key}")
         names[name] = key
-    return names
+    return names, doubles
 
 
 def checkpoint_name(arch: Architecture, path: str) -> Any:
@@ -269,6 +281,7 @@ def place(array: npt.NDArray[Any], dtype: np.dtype[Any], mesh: Mesh, axes: tuple
     sharding = parameter_sharding(mesh, axes, array.shape)
 
     def part(index: tuple[slice, ...] | None) -> npt.NDArray[Any]:
-        return np.ascontiguousarray(array if index is None else array[index], dtype)
+        # A copy: JAX would take an aligned array over as it is, and the model would change with the file.
+        return np.array(array if index is None else array[index], dtype, order="C")
 
     return jax.make_array_from_callback(array.shape, sharding, part)

@@ -7,6 +7,7 @@ as ml_dtypes.bfloat16 has, and copies nothing.
 
 import json
 import math
+import operator
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -76,11 +77,11 @@ def shards(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+            names = sorted({Path(name).name for name in json.loads(index.read_bytes())["weight_map"].values()})
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CorruptCheckpointError(f"{index} is not a safetensors index: {error!r}") from None
-        # A shard's name comes from a file that somebody else wrote: it stays inside the folder.
-        files = [folder / Path(name).name for name in names]
+        # Only the last part of a name counts: it comes from a file that somebody else wrote, and stays in the folder.
+        files = [folder / name for name in names]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise CorruptCheckpointError(f"{index} names shards that are not there: {', '.join(missing)}")
@@ -110,6 +111,8 @@ def read(file: Path) -> dict[str, npt.NDArray[Any]]:
             header = json.loads(stream.read(length))
         except ValueError as error:
             raise CorruptCheckpointError(f"the header of {file} is not JSON: {error}") from None
+    if not isinstance(header, dict):
+        raise CorruptCheckpointError(f"the header of {file} must be a JSON object, not {type(header).__name__}")
     start = 8 + length
     arrays: dict[str, npt.NDArray[Any]] = {}
     # numpy cannot map an empty stretch; a file of no bytes after its header has only empty arrays.
@@ -119,8 +122,10 @@ def read(file: Path) -> dict[str, npt.NDArray[Any]]:
             continue
         try:
             dtype = np.dtype(DTYPES[entry["dtype"]])
-            shape = tuple(int(n) for n in entry["shape"])
-            begin, end = entry["data_offsets"]
+            shape = tuple(map(operator.index, entry["shape"]))
+            begin, end = map(operator.index, entry["data_offsets"])
+            if min(shape, default=0) < 0:
+                raise ValueError(shape)
         except (KeyError, TypeError, ValueError):
             raise CorruptCheckpointError(f"{file}: {name!r} has the unreadable entry {entry!r}") from None
         if not 0 <= begin <= end <= len(data):

@@ -39,7 +39,6 @@ class Tokenizer:
         special_ids: ids that the tokenizer counts as special.
         vocab_size: rows of the model's embedding table: valid token ids are 0 to vocab_size - 1.
         max_length: tokens the model takes, special tokens included.
-        lowercase: lowercase every text first (sentence-transformers' `do_lower_case`).
         measure_prompts: fill `Encoding.prompt_length` (the model's pooling says `include_prompt: false`).
     """
 
@@ -50,7 +49,6 @@ class Tokenizer:
         special_ids: frozenset[int],
         vocab_size: int,
         max_length: int,
-        lowercase: bool = False,
         measure_prompts: bool = False,
     ) -> None:
         backend.no_padding()
@@ -59,7 +57,6 @@ class Tokenizer:
         self._special_ids = special_ids
         self.vocab_size = vocab_size
         self.max_length = max_length
-        self._lowercase = lowercase
         self._measure_prompts = measure_prompts
         mask = backend.encode("a").special_tokens_mask
         self._prefix = next((i for i, special in enumerate(mask) if not special), len(mask))
@@ -72,6 +69,11 @@ class Tokenizer:
     ) -> "Tokenizer":
         """Load the tokenizer of a checkpoint as transformers does.
 
+        Args:
+            folder: the checkpoint's.
+            vocab_size, max_length, measure_prompts: see the class.
+            lowercase: lowercase every text first (sentence-transformers' `do_lower_case`).
+
         Raises:
             CorruptCheckpointError: the folder has no usable tokenizer files.
         """
@@ -82,14 +84,19 @@ class Tokenizer:
 
         try:
             loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # The tokenizers package raises no narrower class for a malformed file.
             raise CorruptCheckpointError(f"cannot load a tokenizer from {folder}: {error}") from error
+        backend = loaded.backend_tokenizer
+        if backend.get_vocab_size() <= len(loaded.all_special_ids):
+            # What transformers makes of a folder without tokenizer files.
+            raise CorruptCheckpointError(f"cannot load a tokenizer from {folder}: it has no vocabulary")
+        if lowercase:
+            lower(backend)
         return cls(
-            loaded.backend_tokenizer,
+            backend,
             special_ids=frozenset(loaded.all_special_ids),
             vocab_size=vocab_size,
             max_length=max_length,
-            lowercase=lowercase,
             measure_prompts=measure_prompts,
         )
 
@@ -125,19 +132,25 @@ class Tokenizer:
             InputError: `truncate_to` is out of range.
         """
         self._check_truncation(truncate_to)
+        if not all(isinstance(text, str) for text in texts):
+            raise unreadable(texts)
         prepared = [prompt + text if prompt else text for text in texts]
-        if self._lowercase:
-            prepared = [text.lower() for text in prepared]
         try:
             encoded = self._backend.encode_batch_fast(prepared, add_special_tokens=add_special_tokens)
         except (TypeError, UnicodeEncodeError):
             raise unreadable(texts) from None
-        prompt_length = self._prompt_length(prompt, add_special_tokens) if prompt and self._measure_prompts else 0
+        prompt_length = 0
+        if prompt and self._measure_prompts:
+            prompt_length = self._prompt_length(prompt, add_special_tokens, truncate_to or self.max_length)
         prefix, suffix = (self._prefix, self._suffix) if add_special_tokens else (0, 0)
         encodings = []
         for index, one in enumerate(encoded):
-            ids = self._fit(np.array(one.ids, np.int32), index, truncate_to, side, prefix, suffix)
-            encodings.append(Encoding(ids, min(prompt_length, len(ids))))
+            whole = np.array(one.ids, np.int32)
+            ids = self._fit(whole, index, truncate_to, side, prefix, suffix)
+            # A cut on the left takes the prompt's tokens first, after the leading special ones.
+            gone = len(whole) - len(ids) if side is TruncationSide.LEFT else 0
+            left = max(prompt_length - gone, min(prefix, prompt_length))
+            encodings.append(Encoding(ids, min(left, len(ids))))
         return encodings
 
     def encode_ids(
@@ -174,23 +187,20 @@ class Tokenizer:
             raise InputError(f"cannot truncate to {truncate_to} tokens; allowed: 1 to {self.max_length}")
 
     def _check_ids(self, ids: TokenIds, index: int) -> npt.NDArray[np.int32]:
-        try:
-            array: npt.NDArray[Any] = np.asarray(ids)
-        except (OverflowError, ValueError):
-            array = np.asarray(ids, object)
-        if array.ndim == 1 and array.dtype == object and all(type(i) is int for i in array):
-            # Integers too large for any numpy type: outside every vocabulary.
-            position = next(p for p, i in enumerate(array) if not 0 <= i < self.vocab_size)
-            raise TokenIdError(index=index, position=position, value=int(array[position]), vocab_size=self.vocab_size)
-        if array.size == 0:
+        wrong = InputTypeError(f"input[{index}] must be a list of integers, the token ids", index=index)
+        if isinstance(ids, np.ndarray):
+            if ids.ndim != 1 or ids.dtype.kind not in "iu":
+                raise wrong
+        elif not isinstance(ids, Sequence) or not all(
+            issubclass(kind, (int, np.integer)) and kind is not bool for kind in set(map(type, ids))
+        ):
+            raise wrong
+        if not len(ids):
             raise InputError(f"input[{index}] is empty: it must hold at least one token id", index=index)
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise InputTypeError(f"input[{index}] must be a list of integers, the token ids", index=index)
-        bad = np.flatnonzero((array < 0) | (array >= self.vocab_size))
-        if bad.size:
-            position = int(bad[0])
-            raise TokenIdError(index=index, position=position, value=int(array[position]), vocab_size=self.vocab_size)
-        return array.astype(np.int32)
+        if min(ids) < 0 or max(ids) >= self.vocab_size:
+            bad = next(i for i, value in enumerate(ids) if not 0 <= value < self.vocab_size)
+            raise TokenIdError(index=index, position=bad, value=int(ids[bad]), vocab_size=self.vocab_size)
+        return np.asarray(ids).astype(np.int32)
 
     def _fit(
         self,
@@ -217,11 +227,23 @@ class Tokenizer:
         kept = content[:keep] if side is TruncationSide.RIGHT else content[len(content) - keep :]
         return np.concatenate([ids[:prefix], kept, ids[length - suffix :]])
 
-    def _count_prompt(self, prompt: str, add_special_tokens: bool) -> int:
-        """Tokens of a prompt on its own, without a trailing special token, as sentence-transformers counts them."""
-        text = prompt.lower() if self._lowercase else prompt
-        ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        return len(ids) - (1 if ids and ids[-1] in self._special_ids else 0)
+    def _count_prompt(self, prompt: str, add_special_tokens: bool, limit: int) -> int:
+        """Tokens of a prompt on its own, cut to `limit`, without a trailing special token: as sentence-transformers
+        counts them."""
+        ids = self._backend.encode(prompt, add_special_tokens=add_special_tokens).ids
+        return min(len(ids), limit) - (1 if ids and ids[-1] in self._special_ids else 0)
+
+
+def lower(backend: Any) -> None:
+    """Have a `tokenizers.Tokenizer` lowercase first, unless it does so already; special tokens stay as they are."""
+    from tokenizers.normalizers import Lowercase
+    from tokenizers.normalizers import Sequence as Chain
+
+    own: Any = backend.normalizer
+    chained = isinstance(own, Chain)
+    steps: list[Any] = [] if own is None else [*own] if chained else [own]
+    if not any(isinstance(step, Lowercase) or getattr(step, "lowercase", False) for step in steps):
+        backend.normalizer = Chain([Lowercase(), *steps])
 
 
 def unreadable(texts: Sequence[object]) -> InputTypeError:

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from tqdm import tqdm
 
 from jaxembed.checkpoint import DEFAULT_MODEL
@@ -60,6 +61,8 @@ def use_cache(folder: Path | None) -> None:
 
     This is a setting of the whole process, so only programs call it: the warm-up, the server, the benchmarks.
     """
+    # JAX keeps to the folder that it saw first.
+    compilation_cache.reset_cache()
     jax.config.update("jax_compilation_cache_dir", None if folder is None else str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

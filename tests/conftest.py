@@ -1,0 +1,84 @@
+"""What every test runs under: eight CPU devices, strict dtypes and ranks, run-time shape checks, no network.
+
+Knows only the library; the server's tests share it.
+"""
+
+import importlib.util
+import os
+import pkgutil
+import sys
+from pathlib import Path
+
+import hypothesis
+import jax
+import jaxtyping
+import pytest
+
+# Read by huggingface_hub, which the library imports when it first needs it.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+# All of this must stand before the first array, and the hook before the first import of the library.
+assert "jaxembed" not in sys.modules, "jaxembed was imported before its run-time shape checks were installed"
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# These two refuse wrong types by themselves, with errors of their own that the tests must see.
+REFUSING = {"embedder", "tokenizer"}
+package = importlib.util.find_spec("jaxembed").submodule_search_locations
+checked = [f"jaxembed.{module.name}" for module in pkgutil.iter_modules(package) if module.name not in REFUSING]
+jaxtyping.install_import_hook(checked, "beartype.beartype")
+
+from jaxembed import Bucket, Embedder, Ladder, make_mesh  # noqa: E402
+from jaxembed.checkpoint import DEFAULT_MODEL, resolve  # noqa: E402
+
+# Examples are the same on every run, and no test depends on how fast the machine is.
+hypothesis.settings.register_profile("jaxembed", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("jaxembed")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_compilations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One persistent compilation cache for the session: many tests compile the same small shapes."""
+    folder = tmp_path_factory.mktemp("compilations")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def minilm_folder() -> Path:
+    """The folder of the real all-MiniLM-L6-v2, carried by an installed package."""
+    return resolve(DEFAULT_MODEL)
+
+
+@pytest.fixture(scope="session")
+def minilm(minilm_folder: Path) -> Embedder:
+    """The real model on one device."""
+    return Embedder.from_pretrained(minilm_folder, mesh=make_mesh(jax.devices()[:1]))
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random BERT of two layers of width 16 with a tokenizer of single letters, 32 positions, no modules.json."""
+    from parity import save_checkpoint, tiny_bert
+
+    return save_checkpoint(tiny_bert(), tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder: Path) -> Embedder:
+    """The tiny model on one device, with three buckets."""
+    ladder = Ladder([Bucket(1, 32), Bucket(4, 8), Bucket(4, 32)])
+    return Embedder.from_pretrained(tiny_folder, ladder=ladder, mesh=make_mesh(jax.devices()[:1]))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the figures that tests measured (`record_property`), so that they can be quoted."""
+    reports = [report for report in terminalreporter.getreports("passed") if report.user_properties]
+    if reports:
+        terminalreporter.section("measured")
+    for report in reports:
+        figures = ", ".join(f"{name} {value}" for name, value in report.user_properties)
+        terminalreporter.write_line(f"{report.nodeid.split('/')[-1]}: {figures}")

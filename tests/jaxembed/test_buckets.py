@@ -1,0 +1,216 @@
+"""The ladder: smallest fit, the default shapes, and plans that are proven cheapest against every other plan."""
+
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxembed.buckets import DISPATCH_TOKENS, Ladder, Row, pack
+from jaxembed.errors import BucketError
+from jaxembed.types import Bucket, Encoding
+
+buckets = st.builds(Bucket, st.integers(1, 9), st.integers(1, 40))
+ladders = st.lists(buckets, min_size=1, max_size=8)
+
+
+@st.composite
+def queues(draw: st.DrawFn, most: int = 30) -> tuple[list[Bucket], list[int]]:
+    """The buckets of a ladder and the lengths of items that fit it."""
+    shapes = draw(ladders)
+    return shapes, draw(st.lists(st.integers(0, max(b.seq_len for b in shapes)), max_size=most))
+
+
+def cheapest(ladder: Ladder, rows: int, longest: int) -> int | None:
+    """Cost of the cheapest single batch for so many rows, None where none takes them."""
+    costs = [b.tokens + DISPATCH_TOKENS for b in ladder.buckets if b.batch_size >= rows and b.seq_len >= longest]
+    return min(costs, default=None)
+
+
+def optimum(ladder: Ladder, lengths: Sequence[int]) -> int:
+    """The least cost over every partition of the items, in runs or not."""
+
+    @cache
+    def best(left: frozenset[int]) -> int:
+        if not left:
+            return 0
+        first, *others = sorted(left)
+        found = []
+        for chosen in range(2 ** len(others)):
+            group = [first, *(item for i, item in enumerate(others) if chosen >> i & 1)]
+            cost = cheapest(ladder, len(group), max(lengths[item] for item in group))
+            if cost is not None:
+                found.append(cost + best(left - frozenset(group)))
+        return min(found)
+
+    return best(frozenset(range(len(lengths))))
+
+
+@given(queues())
+def test_a_plan_places_every_item_once_where_it_fits(queue: tuple[list[Bucket], list[int]]) -> None:
+    """The items partition the queue; no batch is overfull, no row too long, and the longest rows come first."""
+    ladder, lengths = Ladder(queue[0]), queue[1]
+    plans = ladder.plan(lengths)
+    placed = [item for plan in plans for item in plan.items]
+    assert sorted(placed) == list(range(len(lengths)))
+    assert [lengths[item] for item in placed] == sorted(lengths, reverse=True)
+    for plan in plans:
+        assert plan.bucket in ladder.buckets
+        assert 1 <= len(plan.items) <= plan.bucket.batch_size
+        assert all(lengths[item] <= plan.bucket.seq_len for item in plan.items)
+
+
+@given(queues())
+def test_a_plan_costs_at_most_one_dispatch_per_row(queue: tuple[list[Bucket], list[int]]) -> None:
+    """Batching never costs more than not batching."""
+    ladder, lengths = Ladder(queue[0]), queue[1]
+    cost = sum(plan.bucket.tokens + DISPATCH_TOKENS for plan in ladder.plan(lengths))
+    alone = [cheapest(ladder, 1, length) for length in lengths]
+    assert cost <= sum(price for price in alone if price is not None)
+
+
+@given(queues(most=6))
+def test_a_plan_is_the_cheapest_there_is(queue: tuple[list[Bucket], list[int]]) -> None:
+    """Equal in cost to the best of all partitions, found by trying them all."""
+    ladder, lengths = Ladder(queue[0]), queue[1]
+    cost = sum(plan.bucket.tokens + DISPATCH_TOKENS for plan in ladder.plan(lengths))
+    assert cost == optimum(ladder, lengths)
+
+
+def test_planning_is_worked_out_by_hand() -> None:
+    """Short rows share a short batch; the long one does not drag them to its length."""
+    ladder = Ladder([Bucket(1, 64), Bucket(4, 16)])
+    plans = ladder.plan([5, 60, 7, 16])
+    assert [(plan.bucket, plan.items) for plan in plans] == [(Bucket(1, 64), (1,)), (Bucket(4, 16), (3, 2, 0))]
+    assert ladder.plan([]) == []
+
+
+def test_an_item_longer_than_the_ladder_is_refused() -> None:
+    """The error names the length and the ladder."""
+    with pytest.raises(BucketError, match=r"17 tokens fits no bucket of the ladder \{1x8, 1x16\}"):
+        Ladder([Bucket(1, 16), Bucket(1, 8)]).plan([3, 17])
+
+
+@given(ladders, st.integers(0, 40))
+def test_fitting_is_the_shortest_bucket_of_each_batch_size(shapes: list[Bucket], length: int) -> None:
+    """By the definition, computed anew; asked twice, the answer is the same."""
+    ladder = Ladder(shapes)
+    if length > ladder.max_length:
+        with pytest.raises(BucketError):
+            ladder.fitting(length)
+        return
+    fits = [bucket for bucket in ladder.buckets if bucket.seq_len >= length]
+    expected = {
+        size: min(b.seq_len for b in fits if b.batch_size == size) for size in sorted({b.batch_size for b in fits})
+    }
+    for _ in range(2):
+        assert list(ladder.fitting(length)) == [Bucket(size, seq_len) for size, seq_len in expected.items()]
+
+
+def test_a_ladder_sorts_and_counts_its_buckets() -> None:
+    """Order and repetition do not matter; the bounds are over all buckets, not those of one of them."""
+    ladder = Ladder([Bucket(8, 4), Bucket(1, 64), Bucket(2, 32), Bucket(1, 64), Bucket(3, 32)])
+    assert ladder.buckets == (Bucket(8, 4), Bucket(2, 32), Bucket(1, 64), Bucket(3, 32))
+    assert (len(ladder), ladder.max_length, ladder.max_tokens, ladder.max_rows) == (4, 64, 96, 8)
+    assert str(ladder) == "{8x4, 2x32, 1x64, 3x32}"
+
+
+@pytest.mark.parametrize("wrong", [[], [Bucket(0, 4)], [Bucket(4, 0)], [Bucket(1, 1), Bucket(-1, 8)]])
+def test_an_impossible_ladder_is_refused(wrong: list[Bucket]) -> None:
+    """No buckets, or one without rows or tokens."""
+    with pytest.raises(BucketError, match="at least"):
+        Ladder(wrong)
+
+
+@given(st.integers(1, 9000), st.integers(1, 40_000), st.integers(1, 16))
+def test_the_default_ladder_takes_every_length(max_length: int, max_batch_tokens: int, batch_multiple: int) -> None:
+    """Every length has a bucket, the longest one exactly; no batch is over the budget but a single row's."""
+    ladder = Ladder.default(max_length=max_length, max_batch_tokens=max_batch_tokens, batch_multiple=batch_multiple)
+    assert ladder.max_length == max_length
+    for bucket in ladder.buckets:
+        assert bucket.seq_len <= max_length
+        assert bucket.batch_size % batch_multiple == 0
+        assert bucket.tokens <= max_batch_tokens or bucket.batch_size == batch_multiple
+    for length in {1, max_length // 2, max_length}:
+        assert ladder.fitting(length)[0].batch_size == batch_multiple
+    for seq_len in {bucket.seq_len for bucket in ladder.buckets}:
+        fullest = max(bucket.batch_size for bucket in ladder.buckets if bucket.seq_len == seq_len)
+        assert (fullest + batch_multiple) * seq_len > max_batch_tokens, "a taller batch would still be in the budget"
+
+
+def test_the_default_ladder_by_hand() -> None:
+    """Powers of two to the model's length; batches of 1, 4, 16, ... and the fullest."""
+    ladder = Ladder.default(max_length=100, max_batch_tokens=512)
+    sizes: dict[int, list[int]] = {}
+    for bucket in ladder.buckets:
+        sizes.setdefault(bucket.seq_len, []).append(bucket.batch_size)
+    assert {length: sorted(found) for length, found in sizes.items()} == {
+        16: [1, 4, 16, 32],
+        32: [1, 4, 16],
+        64: [1, 4, 8],
+        100: [1, 4, 5],
+    }
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"max_length": 0, "max_batch_tokens": 8},
+        {"max_length": 8, "max_batch_tokens": 0},
+        {"max_length": 8, "max_batch_tokens": 8, "batch_multiple": 0},
+        {"max_length": 8, "max_batch_tokens": -1},
+    ],
+)
+def test_impossible_default_ladders_are_refused(arguments: dict[str, int]) -> None:
+    """Each number must be at least 1."""
+    with pytest.raises(BucketError, match="each must be at least 1"):
+        Ladder.default(**arguments)
+
+
+rows = st.builds(
+    lambda ids, prompt, dimensions, normalize, owner: Row(
+        Encoding(np.array(ids, np.int32), min(prompt, len(ids))), dimensions, normalize, owner
+    ),
+    st.lists(st.integers(0, 30_000), max_size=12),
+    st.integers(0, 12),
+    st.integers(1, 384),
+    st.booleans(),
+    st.integers(0, 10_000),
+)
+
+
+@given(st.lists(rows, max_size=6), st.integers(0, 3), st.integers(0, 5))
+def test_pack_and_back(items: list[Row], spare_rows: int, spare_tokens: int) -> None:
+    """What went in can be read off the batch; the rest is padding of length 0."""
+    longest = max((len(row.encoding) for row in items), default=0)
+    bucket = Bucket(len(items) + spare_rows or 1, longest + spare_tokens or 1)
+    batch = pack(bucket, items)
+    assert batch.bucket == bucket
+    assert batch.rows == len(items)
+    assert batch.input_ids.shape == tuple(bucket)
+    for i, row in enumerate(items):
+        length = batch.lengths[i]
+        np.testing.assert_array_equal(batch.input_ids[i, :length], row.encoding.ids)
+        assert not batch.input_ids[i, length:].any()
+        unpacked = (batch.prompt_lengths[i], batch.dimensions[i], batch.normalize[i], batch.owners[i])
+        assert unpacked == (row.encoding.prompt_length, row.dimensions, row.normalize, row.owner)
+    padding = slice(len(items), None)
+    assert not batch.lengths[padding].any()
+    assert not batch.input_ids[padding].any()
+    assert not batch.normalize[padding].any()
+    assert (batch.dimensions[padding] == 1).all()
+    dtypes = (batch.input_ids, batch.lengths, batch.prompt_lengths, batch.dimensions)
+    assert all(array.dtype == np.int32 for array in dtypes)
+    assert batch.normalize.dtype == np.bool_
+    assert batch.owners.dtype == np.int64
+
+
+def test_pack_refuses_what_does_not_fit() -> None:
+    """Too many rows, or one too long: never a silent cut."""
+    row = Row(Encoding(np.arange(5, dtype=np.int32)), 4, True, 0)
+    with pytest.raises(BucketError, match="2 rows of up to 5 tokens do not fit the bucket 1x8"):
+        pack(Bucket(1, 8), [row, row])
+    with pytest.raises(BucketError, match="1 rows of up to 5 tokens do not fit the bucket 2x4"):
+        pack(Bucket(2, 4), [row])

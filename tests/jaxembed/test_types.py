@@ -1,0 +1,43 @@
+"""The values that travel between the floors."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from sentence_transformers.sentence_transformer import modules
+
+from jaxembed.types import Batch, Bucket, Encoding, Pooling, PoolingMode
+
+
+def test_bucket_counts_its_padding_and_names_itself() -> None:
+    """Tokens are rows times length; the name is what logs and errors show."""
+    bucket = Bucket(batch_size=4, seq_len=32)
+    assert bucket.tokens == 128
+    assert str(bucket) == "4x32"
+
+
+def test_encoding_is_as_long_as_its_ids() -> None:
+    """`len` counts tokens, and no prompt is the default."""
+    encoding = Encoding(np.arange(5, dtype=np.int32))
+    assert len(encoding) == 5
+    assert encoding.prompt_length == 0
+
+
+def test_batch_counts_real_rows() -> None:
+    """Rows of padding have no owner."""
+    zeros = np.zeros(4, np.int32)
+    batch = Batch(Bucket(4, 8), np.zeros((4, 8), np.int32), zeros, zeros, zeros, zeros.astype(bool), np.arange(3))
+    assert batch.rows == 3
+
+
+def test_values_are_frozen() -> None:
+    """What one floor hands to the next, nobody changes on the way."""
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Encoding(np.zeros(1, np.int32)).prompt_length = 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Pooling().include_prompt = False
+
+
+def test_pooling_modes_are_those_of_sentence_transformers() -> None:
+    """The same names, in the order in which it concatenates them."""
+    assert tuple(mode.value for mode in PoolingMode) == modules.Pooling.POOLING_MODES

@@ -1,0 +1,180 @@
+"""Does an architecture compute what its Hugging Face original computes? One helper for every architecture's test.
+
+The tests build a tiny random model in torch, save it as a real checkpoint, load that through the real loader and
+compare layer by layer. Knows no architecture but the tiny BERT that other tests borrow.
+"""
+
+import string
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, PreTrainedModel, PreTrainedTokenizerFast
+
+from jaxembed.loading import load
+from jaxembed.sharding import make_mesh
+
+__all__ = [
+    "TOLERANCE",
+    "check_parity",
+    "cosines",
+    "randomise",
+    "save_checkpoint",
+    "save_sentence_transformer",
+    "small_tokenizer",
+    "tiny_bert",
+]
+
+TOLERANCE = 1e-5
+"""Largest absolute difference of a hidden state or a vector, in float32."""
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+torch.set_num_threads(2)
+
+
+def tiny_bert(seed: int = 0, **overrides: Any) -> BertModel:
+    """A random BERT: two layers of width 16; `overrides` go to BertConfig."""
+    options = {
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 40,
+        "max_position_embeddings": 32,
+        "attn_implementation": "eager",
+    }
+    model = BertModel(BertConfig(**{**options, **overrides}))
+    return randomise(model, seed)
+
+
+def randomise(model: Any, seed: int) -> Any:
+    """Give every parameter values that matter.
+
+    Hugging Face starts biases at 0, norms at 1 and matrices so small that attention is nearly uniform: a model that
+    left one of them out would still agree.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * noise)
+            else:
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+    return model.eval()
+
+
+def small_tokenizer(**options: Any) -> PreTrainedTokenizerFast:
+    """A WordPiece tokenizer of single letters and digits, 57 tokens of text and the BERT kind's 5 special ones."""
+    letters = string.ascii_lowercase
+    pieces = [*SPECIAL, *letters, *(f"##{letter}" for letter in letters), *"01234"]
+    backend = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=options.pop("lowercase", True))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **dict(zip(names, SPECIAL, strict=True)), **options)
+
+
+def save_checkpoint(hf_model: PreTrainedModel, folder: Path, **tokenizer_options: Any) -> Path:
+    """Write a model and the small tokenizer as a Hugging Face folder; returns the folder."""
+    hf_model.save_pretrained(folder)
+    small_tokenizer(**tokenizer_options).save_pretrained(folder)
+    return folder
+
+
+def save_sentence_transformer(
+    hf_model: PreTrainedModel,
+    folder: Path,
+    *,
+    modes: Sequence[str] = ("mean",),
+    include_prompt: bool = True,
+    normalize: bool = True,
+    **options: Any,
+) -> SentenceTransformer:
+    """Write a model as sentence-transformers itself writes one, into `folder`; returns its model, the reference.
+
+    Args:
+        hf_model: the transformer.
+        folder: where to; "hf" under it holds the transformer alone.
+        modes: of pooling, concatenated.
+        include_prompt: of pooling.
+        normalize: put a Normalize module at the end?
+        options: for SentenceTransformer: prompts, default_prompt_name, similarity_fn_name, truncate_dim.
+    """
+    transformer = Transformer(str(save_checkpoint(hf_model, folder / "hf")))
+    pooling = Pooling(hf_model.config.hidden_size, list(modes), include_prompt=include_prompt)
+    chain = [transformer, pooling, *([Normalize()] if normalize else [])]
+    model = SentenceTransformer(modules=chain, device="cpu", **options)
+    model.save(str(folder), create_model_card=False)
+    return model
+
+
+def cosines(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """Cosine of each row of `a` with the same row of `b`, in float64."""
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    return (x * y).sum(axis=1) / (np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1))
+
+
+def check_parity(hf_model: PreTrainedModel, folder: Path, *, seed: int = 0) -> float:
+    """Save a Hugging Face model, load it with `jaxembed.loading.load`, and compare.
+
+    Every hidden state (the embeddings' output and each layer's) and the mean-pooled vector must agree to
+    `TOLERANCE` at every real token of rows of all kinds: of the greatest length, short, and one token only.
+
+    Args:
+        hf_model: random; see `randomise`.
+        folder: an empty folder to save it in.
+        seed: of the token ids.
+
+    Returns:
+        The largest absolute difference, for the record.
+    """
+    model = load(save_checkpoint(hf_model, folder), mesh=make_mesh(jax.devices()[:1]))
+    length = model.max_length
+    lengths = np.array([length, 1, 2, length // 2, length - 1, length, 0], np.int32)
+    random = np.random.default_rng(seed)
+    ids = random.integers(0, model.config.vocab_size, (len(lengths), length), np.int32)
+    mask = np.arange(length)[None, :] < lengths[:, None]
+
+    @jax.jit
+    def ours(leaves: Any, ids: jax.Array, mask: jax.Array) -> Any:
+        rows = ids.shape[0]
+        states = model.encoder(leaves).hidden_states(ids, mask)
+        none = jnp.zeros(rows, jnp.int32)
+        return states, model.embed(leaves, ids, mask, none, none + model.dimension, none.astype(bool))
+
+    states, vectors = ours(model.leaves, ids, mask)
+    real = lengths > 0
+    # Our padding holds random ids and torch's the padding token: what stands there must not matter.
+    torch_ids = torch.from_numpy(np.where(mask, ids, 0)[real].astype(np.int64))
+    torch_mask = torch.from_numpy(mask[real].astype(np.int64))
+    with torch.no_grad():
+        output = hf_model(input_ids=torch_ids, attention_mask=torch_mask, output_hidden_states=True)
+        pooled = Pooling(output.last_hidden_state.shape[-1], "mean")(
+            {"token_embeddings": output.last_hidden_state, "attention_mask": torch_mask}
+        )["sentence_embedding"]
+
+    assert len(states) == len(output.hidden_states)
+    worst = 0.0
+    for layer, (got, want) in enumerate(zip(states, output.hidden_states, strict=True)):
+        got = np.asarray(got)
+        assert np.isfinite(got).all(), f"hidden state {layer} is not finite"
+        difference = float(np.abs(got[real] - want.numpy())[mask[real]].max())
+        assert difference <= TOLERANCE, f"hidden state {layer} differs by {difference:.1e}"
+        worst = max(worst, difference)
+    difference = float(np.abs(np.asarray(vectors)[real] - pooled.numpy()).max())
+    assert difference <= TOLERANCE, f"the pooled vector differs by {difference:.1e}"
+    return max(worst, difference)
