@@ -169,12 +169,12 @@ class Ladder:
         """
         best: Plan | None = None
         best_rate = 0.0
+        nearest = sorted(range(1, len(lengths)), key=lambda i: abs(lengths[i] - lengths[0]))
         for bucket in self.buckets:
             if bucket.seq_len < lengths[0]:
                 continue
-            # The longest that fit: they waste the least of the bucket.
-            company = [i for i in range(1, len(lengths)) if lengths[i] <= bucket.seq_len]
-            company.sort(key=lambda i: -lengths[i])
+            # The nearest in length pad the least together, and leave the others to better company.
+            company = [i for i in nearest if lengths[i] <= bucket.seq_len]
             items = (0, *company[: bucket.batch_size - 1])
             rate = sum(lengths[i] for i in items) / (bucket.tokens + DISPATCH_TOKENS)
             if rate > best_rate:

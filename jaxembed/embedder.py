@@ -222,6 +222,10 @@ class Embedder:
                 raise moved(error, start) from None
 
         starts = range(0, len(items), WINDOW)
+        if len(starts) == 1:
+            # No thread for what has no next window: starting one takes longer than tokenising a query.
+            yield 0, tokenize(0)
+            return
         with ThreadPoolExecutor(1, thread_name_prefix="tokenize") as pool:
             ahead = pool.submit(tokenize, 0) if starts else None
             for start in starts:

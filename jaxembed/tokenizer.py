@@ -141,7 +141,9 @@ class Tokenizer:
             raise unreadable(texts) from None
         prompt_length = 0
         if prompt and self._measure_prompts:
-            prompt_length = self._prompt_length(prompt, add_special_tokens, truncate_to or self.max_length)
+            # A cut on the right may cut the prompt itself; one on the left is reckoned with below.
+            limit = (truncate_to or self.max_length) if side is TruncationSide.RIGHT else None
+            prompt_length = self._prompt_length(prompt, add_special_tokens, limit)
         prefix, suffix = (self._prefix, self._suffix) if add_special_tokens else (0, 0)
         encodings = []
         for index, one in enumerate(encoded):
@@ -191,8 +193,10 @@ class Tokenizer:
         if isinstance(ids, np.ndarray):
             if ids.ndim != 1 or ids.dtype.kind not in "iu":
                 raise wrong
-        elif not isinstance(ids, Sequence) or not all(
-            issubclass(kind, (int, np.integer)) and kind is not bool for kind in set(map(type, ids))
+        elif (
+            not isinstance(ids, Sequence)
+            or isinstance(ids, (bytes, bytearray))
+            or not all(issubclass(kind, (int, np.integer)) and kind is not bool for kind in set(map(type, ids)))
         ):
             raise wrong
         if not len(ids):
@@ -227,11 +231,12 @@ class Tokenizer:
         kept = content[:keep] if side is TruncationSide.RIGHT else content[len(content) - keep :]
         return np.concatenate([ids[:prefix], kept, ids[length - suffix :]])
 
-    def _count_prompt(self, prompt: str, add_special_tokens: bool, limit: int) -> int:
+    def _count_prompt(self, prompt: str, add_special_tokens: bool, limit: int | None) -> int:
         """Tokens of a prompt on its own, cut to `limit`, without a trailing special token: as sentence-transformers
         counts them."""
         ids = self._backend.encode(prompt, add_special_tokens=add_special_tokens).ids
-        return min(len(ids), limit) - (1 if ids and ids[-1] in self._special_ids else 0)
+        length = len(ids) if limit is None else min(len(ids), limit)
+        return length - (1 if ids and ids[-1] in self._special_ids else 0)
 
 
 def lower(backend: Any) -> None:
