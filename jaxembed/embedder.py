@@ -80,14 +80,15 @@ class Embedder:
         """
         checkpoint = Checkpoint.open(name, revision=revision)
         model = load(checkpoint, dtype=dtype, mesh=mesh, max_length=max_length)
+        engine = Engine(model, ladder, max_batch_tokens=max_batch_tokens)
         tokenizer = Tokenizer.from_folder(
             checkpoint.folder,
             vocab_size=model.config.vocab_size,
-            max_length=model.max_length,
+            max_length=min(model.max_length, engine.ladder.max_length),
             lowercase=checkpoint.lowercase,
             measure_prompts=not checkpoint.pooling.include_prompt,
         )
-        return cls(model, tokenizer, Engine(model, ladder, max_batch_tokens=max_batch_tokens))
+        return cls(model, tokenizer, engine)
 
     @property
     def dimension(self) -> int:
@@ -96,8 +97,8 @@ class Embedder:
 
     @property
     def max_length(self) -> int:
-        """Tokens an input may have, special tokens included."""
-        return self.model.max_length
+        """Tokens an input may have, special tokens included: the model's number, or the ladder's if it is shorter."""
+        return self.tokenizer.max_length
 
     @property
     def prompts(self) -> Mapping[str, str]:
@@ -146,7 +147,8 @@ class Embedder:
             show_progress_bar: on standard error.
 
         Returns:
-            float32 [d] for one input, [n, d] for several.
+            float32 [d] for one input, [n, d] for several. Should the model give NaN or Inf, they are there to be seen;
+            a server refuses to answer with them.
 
         Raises:
             InputError: one of its kinds, naming the item; see `jaxembed.errors`.

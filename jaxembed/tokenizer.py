@@ -78,7 +78,7 @@ class Tokenizer:
             CorruptCheckpointError: the folder has no usable tokenizer files.
         """
         # It warns at import that there is no torch, as if that were a fault.
-        logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())
+        logging.getLogger("transformers").addFilter(not_about_torch)
         # Imported here: half a second that only a loaded model needs.
         from transformers import AutoTokenizer
 
@@ -237,6 +237,11 @@ class Tokenizer:
         ids = self._backend.encode(prompt, add_special_tokens=add_special_tokens).ids
         length = len(ids) if limit is None else min(len(ids), limit)
         return length - (1 if ids and ids[-1] in self._special_ids else 0)
+
+
+def not_about_torch(record: logging.LogRecord) -> bool:
+    """A logging filter; one object, because a logger keeps every other one that it is given."""
+    return "PyTorch was not found" not in record.getMessage()
 
 
 def lower(backend: Any) -> None:

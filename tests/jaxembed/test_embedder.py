@@ -381,3 +381,12 @@ def test_the_gradient_is_torch_s(
         largest = max(largest, float(np.abs(want).max()))
     assert len(got) == len(model.params)
     assert largest > 0.1
+
+
+def test_a_ladder_shorter_than_the_model_is_the_limit(tiny_folder: Path) -> None:
+    """Texts are cut to what was compiled, or refused by that number; never a shape that is not there."""
+    short = Embedder.from_pretrained(tiny_folder, ladder=Ladder([Bucket(1, 8)]), mesh=make_mesh(jax.devices()[:1]))
+    assert short.max_length == 8
+    assert np.isfinite(short.encode("a b c d e f g h i j k l")).all()
+    with pytest.raises(InputTooLongError, match="at most 8"):
+        short.encode("a b c d e f g h i j k l", truncate=False)

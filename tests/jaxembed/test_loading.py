@@ -116,7 +116,7 @@ def test_one_error_lists_everything(folder: Path) -> None:
             "encoder.layer.0.intermediate.dense.weight has the shape (16, 40); "
             "as layers.0.up.kernel it must give (16, 40)"
         ],
-        "not finite numbers": [
+        "not finite": [
             "embeddings.word_embeddings.weight holds NaN or Inf",
             "encoder.layer.0.output.dense.bias holds NaN or Inf",
         ],
