@@ -18,6 +18,7 @@ from hypercorn.asyncio.run import worker_serve
 from hypercorn.config import Config as HypercornConfig
 from hypercorn.utils import wrap_app
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from jaxembed_server.app import create_app, service_of
 from jaxembed_server.config import ENV_PREFIX, ConfigError, ServerConfig, from_sources
@@ -157,16 +158,17 @@ async def watch(service: Service, url: str, stop: asyncio.Event) -> None:
     """Show how the start goes; at its end print the address, or why it failed and stop."""
     print(f"loading {service.config.model}", file=sys.stderr)
     bar: Any = None
-    while service.state in (State.LOADING, State.WARMING) and not stop.is_set():
-        if service.buckets and bar is None:
-            bar = tqdm(total=service.buckets, desc="compiling", unit="shape")
-        if bar is not None and service.warmed > bar.n:
+    with logging_redirect_tqdm():
+        while service.state in (State.LOADING, State.WARMING) and not stop.is_set():
+            if service.buckets and bar is None:
+                bar = tqdm(total=service.buckets, desc="compiling", unit="shape")
+            if bar is not None and service.warmed > bar.n:
+                bar.update(service.warmed - bar.n)
+            # For the eyes alone: nothing waits for this.
+            await asyncio.sleep(0.1)
+        if bar is not None:
             bar.update(service.warmed - bar.n)
-        # For the eyes alone: nothing waits for this.
-        await asyncio.sleep(0.1)
-    if bar is not None:
-        bar.update(service.warmed - bar.n)
-        bar.close()
+            bar.close()
     if service.failure is not None:
         print(f"jaxembed: cannot serve {service.config.model}: {service.failure}", file=sys.stderr)
         stop.set()
