@@ -61,9 +61,9 @@ fmt: $(VENV)/.lint  ## format the code
 type: $(VENV)/.lint  ## types alone
 	$(BIN)/mypy
 
-bench: $(VENV)/.bench  ## engine and HTTP against peers in one quick run (ARGS='--out FILE')
-	$(BIN)/python bench/engine.py --quick $(ARGS)
-	$(BIN)/python bench/http.py --quick $(ARGS)
+bench: $(VENV)/.bench  ## engine and HTTP against peers in one quick run; bench/README.md has the long ones
+	$(BIN)/python bench/engine.py --quick
+	$(BIN)/python bench/http.py --quick
 
 warmup: $(VENV)/.serve  ## compile every shape ahead into the persistent cache (ARGS='--dtype bfloat16')
 	$(BIN)/python -m jaxembed.warmup $(ARGS)
