@@ -7,6 +7,7 @@ import time
 import uuid
 
 from quart import Quart, Response, g, request
+from quart.json.provider import DefaultJSONProvider
 from werkzeug.exceptions import HTTPException
 
 from jaxembed_server.config import ServerConfig
@@ -46,7 +47,9 @@ def create_app(config: ServerConfig, loader: Loader = load_model) -> Quart:
     """
     app = Quart("jaxembed_server", static_folder=None)
     app.config.update(MAX_CONTENT_LENGTH=config.max_body_bytes, RESPONSE_TIMEOUT=None, PROVIDE_AUTOMATIC_OPTIONS=False)
-    app.json.sort_keys = False  # type: ignore[attr-defined]
+    encoder = DefaultJSONProvider(app)
+    encoder.sort_keys = False
+    app.json = encoder
     service = Service(config, Metrics(), loader)
     app.extensions["jaxembed"] = service
     for blueprint in blueprints(service):

@@ -166,6 +166,18 @@ def document(*, version: str, model: str, max_items: int, with_key: bool) -> dic
         },
     }
     name = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
+    paths: dict[str, dict[str, Any]] = {
+        "/v1/embeddings": {"post": embeddings},
+        "/v1/models": {"get": operation("What is served")},
+        "/v1/models/{id}": {"get": operation("One served model", parameters=[name])},
+        "/health": {"get": operation("The process is alive")},
+        "/ready": {"get": operation("200 once every shape is compiled; until then 503 with the progress")},
+        "/ping": {"get": operation("The process is alive"), "post": operation("The process is alive")},
+        "/metrics": {"get": operation("Prometheus metrics")},
+        "/version": {"get": operation("Versions of the packages")},
+        "/openapi.json": {"get": operation("This document")},
+        "/docs": {"get": operation("This document as a page")},
+    }
     described: dict[str, object] = {
         "openapi": "3.1.0",
         "info": {
@@ -173,22 +185,11 @@ def document(*, version: str, model: str, max_items: int, with_key: bool) -> dic
             "version": version,
             "description": "Text embeddings on JAX, in OpenAI's format.",
         },
-        "paths": {
-            "/v1/embeddings": {"post": embeddings},
-            "/v1/models": {"get": operation("What is served")},
-            "/v1/models/{id}": {"get": operation("One served model", parameters=[name])},
-            "/health": {"get": operation("The process is alive")},
-            "/ready": {"get": operation("200 once every shape is compiled; until then 503 with the progress")},
-            "/ping": {"get": operation("The process is alive"), "post": operation("The process is alive")},
-            "/metrics": {"get": operation("Prometheus metrics")},
-            "/version": {"get": operation("Versions of the packages")},
-            "/openapi.json": {"get": operation("This document")},
-            "/docs": {"get": operation("This document as a page")},
-        },
+        "paths": paths,
     }
     if with_key:
         described["components"] = {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}}
-        for path, operations in described["paths"].items():  # type: ignore[attr-defined]
+        for path, operations in paths.items():
             if path.startswith("/v1/"):
                 for one in operations.values():
                     one["security"] = [{"key": []}]

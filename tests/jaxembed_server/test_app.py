@@ -62,6 +62,15 @@ async def expect(client: Client, status: int, param: str | None, code: str, **fi
     return error
 
 
+async def occupy(engine: FakeEngine, client: Client, text: str) -> "asyncio.Task[tuple[int, Any, Any]]":
+    """Have the engine hold a request until its gate is opened."""
+    engine.gate.clear()
+    engine.started.clear()
+    task = asyncio.create_task(post(client, input=text))
+    assert await asyncio.to_thread(engine.started.wait, 10)
+    return task
+
+
 def embedding(text: str) -> list[float]:
     return vector(ids_of(text)).tolist()
 
@@ -341,10 +350,7 @@ def test_overload_is_a_429_with_the_headers_that_clients_obey() -> None:
     engine = FakeEngine()
 
     async def test(client: Client) -> None:
-        engine.gate.clear()
-        engine.started.clear()
-        running = asyncio.create_task(post(client, input="a" * 10))
-        assert await asyncio.to_thread(engine.started.wait, 10)
+        running = await occupy(engine, client, "a" * 10)
         status, body, headers = await post(client, input="a" * 10)
         assert (status, body["error"]["type"], body["error"]["code"]) == (429, "rate_limit_exceeded", "queue_full")
         assert int(headers["Retry-After"]) >= 1
@@ -420,10 +426,7 @@ def test_draining_finishes_what_is_in_and_refuses_the_rest() -> None:
     engine = FakeEngine()
 
     async def test(client: Client) -> None:
-        engine.gate.clear()
-        engine.started.clear()
-        running = asyncio.create_task(post(client, input="a"))
-        assert await asyncio.to_thread(engine.started.wait, 10)
+        running = await occupy(engine, client, "a")
         draining = asyncio.create_task(service_of(client.app).drain())
         await asyncio.sleep(0)
         await expect(client, 503, None, "not_ready", input="a")
@@ -439,10 +442,7 @@ def test_a_drain_gives_up_in_time() -> None:
     engine = FakeEngine()
 
     async def test(client: Client) -> None:
-        engine.gate.clear()
-        engine.started.clear()
-        running = asyncio.create_task(post(client, input="a"))
-        assert await asyncio.to_thread(engine.started.wait, 10)
+        running = await occupy(engine, client, "a")
         await service_of(client.app).drain()
         service_of(client.app).close()
         assert (await running)[0] == 503

@@ -55,6 +55,14 @@ def hold(engine: FakeEngine) -> None:
     engine.started.clear()
 
 
+async def occupy(engine: FakeEngine, batcher: Batcher) -> "asyncio.Task[np.ndarray]":
+    """Have the engine hold a batch of one row until its gate is opened."""
+    hold(engine)
+    task = submit(batcher, (1,))
+    await started(engine)
+    return task
+
+
 def test_one_row() -> None:
     async def use(batcher: Batcher) -> None:
         result = await submit(batcher, (5, 6))
@@ -91,9 +99,7 @@ def test_a_batch_is_what_queued_up_while_the_engine_was_busy() -> None:
     engine = FakeEngine(Ladder([Bucket(1, 4), Bucket(8, 4)]))
 
     async def use(batcher: Batcher) -> None:
-        hold(engine)
-        first = submit(batcher, (1,))
-        await started(engine)
+        first = await occupy(engine, batcher)
         others = [submit(batcher, (n,)) for n in range(2, 8)]
         await settle()
         engine.gate.set()
@@ -107,9 +113,7 @@ def test_a_full_batch_is_made_ahead_but_runs_only_when_the_engine_is_free() -> N
     engine = FakeEngine(Ladder([Bucket(1, 4), Bucket(2, 4)]))
 
     async def use(batcher: Batcher) -> None:
-        hold(engine)
-        first = submit(batcher, (1,))
-        await started(engine)
+        first = await occupy(engine, batcher)
         others = submit(batcher, *[(n, n, n, n) for n in range(2, 8)])
         await settle()
         assert len(engine.batches) == 1
@@ -135,9 +139,7 @@ def test_requests_of_other_sizes_share_a_batch() -> None:
     engine = FakeEngine(Ladder([Bucket(4, 4)]))
 
     async def use(batcher: Batcher) -> None:
-        hold(engine)
-        first = submit(batcher, (1,))
-        await started(engine)
+        first = await occupy(engine, batcher)
         two, three = submit(batcher, (7, 8), dimensions=2), submit(batcher, (9,), dimensions=3, normalize=True)
         await settle()
         engine.gate.set()
@@ -208,9 +210,7 @@ def test_cancelled_requests_are_not_run() -> None:
     engine = FakeEngine()
 
     async def use(batcher: Batcher) -> None:
-        hold(engine)
-        first = submit(batcher, (1,))
-        await started(engine)
+        first = await occupy(engine, batcher)
         gone = [submit(batcher, (2,), (3,)) for _ in range(5)]
         stays = submit(batcher, (4,))
         await settle()
@@ -230,9 +230,7 @@ def test_a_batch_made_ahead_is_dropped_when_all_its_clients_go() -> None:
     engine = FakeEngine(Ladder([Bucket(1, 4)]))
 
     async def use(batcher: Batcher) -> None:
-        hold(engine)
-        first = submit(batcher, (1,))
-        await started(engine)
+        first = await occupy(engine, batcher)
         gone = submit(batcher, (2, 2, 2, 2))
         await asyncio.sleep(0.05)
         gone.cancel()
@@ -371,9 +369,7 @@ def test_a_lower_priority_number_goes_first() -> None:
     engine = FakeEngine(Ladder([Bucket(1, 4)]))
 
     async def use(batcher: Batcher) -> None:
-        hold(engine)
-        first = submit(batcher, (1,))
-        await started(engine)
+        first = await occupy(engine, batcher)
         jobs = [submit(batcher, (n,), priority=n) for n in (8, 3, 5)]
         await settle()
         engine.gate.set()
