@@ -113,7 +113,7 @@ class Ladder:
                     if held is None or bucket.seq_len < held.seq_len:
                         best[bucket.batch_size] = bucket
             if not best:
-                raise BucketError(f"a sequence of {length} tokens fits no bucket of the ladder {self}")
+                raise self._too_long(length)
             found = tuple(best[size] for size in sorted(best))
             self._by_length[length] = found
         return found
@@ -180,8 +180,11 @@ class Ladder:
             if rate > best_rate:
                 best, best_rate = Plan(bucket, items), rate
         if best is None:
-            raise BucketError(f"a sequence of {lengths[0]} tokens fits no bucket of the ladder {self}")
+            raise self._too_long(lengths[0])
         return best
+
+    def _too_long(self, length: int) -> BucketError:
+        return BucketError(f"a sequence of {length} tokens fits no bucket of the ladder {self}")
 
 
 def pack(bucket: Bucket, rows: Sequence[Row]) -> Batch:

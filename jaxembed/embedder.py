@@ -224,14 +224,13 @@ class Embedder:
                 raise moved(error, start) from None
 
         starts = range(0, len(items), WINDOW)
-        if len(starts) == 1:
+        if len(starts) <= 1:
             # No thread for what has no next window: starting one takes longer than tokenising a query.
-            yield 0, tokenize(0)
+            yield from ((start, tokenize(start)) for start in starts)
             return
         with ThreadPoolExecutor(1, thread_name_prefix="tokenize") as pool:
-            ahead = pool.submit(tokenize, 0) if starts else None
+            ahead = pool.submit(tokenize, 0)
             for start in starts:
-                assert ahead is not None
                 encodings = ahead.result()
                 if start + WINDOW < len(items):
                     ahead = pool.submit(tokenize, start + WINDOW)

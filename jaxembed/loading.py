@@ -24,7 +24,7 @@ from jaxembed.models import architecture
 from jaxembed.pooling import finish, pool
 from jaxembed.sharding import make_mesh, parameter_sharding
 from jaxembed.tensors import Tensors
-from jaxembed.types import Architecture, Layout
+from jaxembed.types import Architecture, Layout, Weight
 
 __all__ = ["DTYPES", "Model", "load"]
 
@@ -47,10 +47,10 @@ class Model:
         config: the architecture's Config.
         dtype: of the matrices.
         mesh: where the weights lie.
-        paths: the name of each parameter, such as "layers.0.query.kernel".
         leaves: the arrays, in the order of `paths`.
         dimension: D, the full size of a vector.
         max_length: tokens an input may have.
+        structure: the module without its arrays.
     """
 
     checkpoint: Checkpoint
@@ -58,11 +58,15 @@ class Model:
     config: Any
     dtype: str
     mesh: Mesh
-    paths: tuple[str, ...]
     leaves: tuple[jax.Array, ...]
     dimension: int
     max_length: int
     structure: "Structure"
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The name of each parameter, such as "layers.0.query.kernel"."""
+        return self.structure.paths
 
     @property
     def params(self) -> dict[str, jax.Array]:
@@ -196,7 +200,6 @@ def load(
         config=config,
         dtype=dtype,
         mesh=mesh,
-        paths=structure.paths,
         leaves=leaves,
         dimension=config.hidden_size * len(checkpoint.pooling.modes),
         max_length=chosen,
@@ -264,7 +267,7 @@ def original_names(arch: Architecture, tensors: Tensors) -> tuple[dict[str, str]
     return names, doubles
 
 
-def checkpoint_name(arch: Architecture, path: str) -> Any:
+def checkpoint_name(arch: Architecture, path: str) -> Weight:
     """Where the table says that a parameter stands; the layer's number goes from our path into its name."""
     number = re.search(r"\.(\d+)\.", path)
     n = number.group(1) if number else ""

@@ -142,8 +142,8 @@ class Batcher:
             BucketError: a row is longer than the ladder.
             Exception: whatever the engine raised on one of the rows.
         """
-        for encoding in encodings:
-            self._engine.ladder.fitting(len(encoding))
+        # Raises if the longest does not fit; no encodings fit everywhere.
+        self._engine.ladder.fitting(max(map(len, encodings), default=0))
         job = Job(
             encodings=encodings,
             dimensions=dimensions,
@@ -178,15 +178,14 @@ class Batcher:
     # On the event loop.
 
     def _admit(self, job: Job, priority: int) -> None:
-        tokens = job.tokens
         with self._changed:
             if self._draining:
                 raise NotReadyError("shutting down")
             waiting = self._queued_tokens
-            if waiting and waiting + tokens > self._max_queue_tokens:
+            if waiting and waiting + job.tokens > self._max_queue_tokens:
                 raise QueueFullError(waiting, self._max_queue_tokens, self._drain_seconds())
             self._queue.add(job, priority)
-            self._queued_tokens += tokens
+            self._queued_tokens += job.tokens
             self._jobs.add(job)
             self._idle.clear()
             self._changed.notify_all()

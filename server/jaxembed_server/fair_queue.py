@@ -9,6 +9,7 @@ import heapq
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Generic, NamedTuple, TypeVar
 
 from jaxembed.buckets import Ladder
@@ -32,7 +33,7 @@ class Flow:
     encodings: Sequence[Encoding]
     dead: bool = False
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """Of all rows."""
         return sum(map(len, self.encodings))
@@ -86,7 +87,7 @@ class FairQueue(Generic[F]):
         for item in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
             tag += lengths[item]
             heapq.heappush(self._heap, Waiting(priority, tag, next(self._tickets), flow, item))
-        self.tokens += sum(lengths)
+        self.tokens += flow.tokens
 
     def take(self) -> tuple[Bucket, list[Waiting[F]]] | None:
         """The next batch: the most urgent row and those that go best with it; None if nothing waits."""

@@ -18,20 +18,13 @@ import orjson
 from jaxembed.tokenizer import TruncationSide
 from jaxembed_server.errors import ApiError, invalid
 
-__all__ = ["EmbeddingRequest", "Limits", "decode", "encode"]
+__all__ = ["EmbeddingRequest", "decode", "encode"]
 
 ENCODING_FORMATS = ("float", "base64")
 EMBED_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 ENDIANNESS = ("little", "big", "native")
 SHOWN = 64
 """Characters of a bad value that a message repeats."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What one request may ask for."""
-
-    max_items: int = 2048
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,8 +61,12 @@ class EmbeddingRequest:
     prompt: str | None = None
 
 
-def decode(body: bytes, limits: Limits) -> EmbeddingRequest:
+def decode(body: bytes, *, max_items: int) -> EmbeddingRequest:
     """Read and check a body.
+
+    Args:
+        body: what was sent.
+        max_items: inputs that it may hold.
 
     Raises:
         ApiError: names the field, the value and what is allowed.
@@ -87,7 +84,7 @@ def decode(body: bytes, limits: Limits) -> EmbeddingRequest:
     read = Fields(values)
     if read.value("input") is None:
         raise invalid("input", "missing_required_parameter", "input is required: a string, or an array")
-    texts, token_ids, single = read_input(read.value("input"), limits)
+    texts, token_ids, single = read_input(read.value("input"), max_items)
     return EmbeddingRequest(
         texts=texts,
         token_ids=token_ids,
@@ -172,7 +169,7 @@ class Fields:
 Inputs = tuple[Sequence[str] | None, Sequence[Sequence[int]] | None, bool]
 
 
-def read_input(value: Any, limits: Limits) -> Inputs:
+def read_input(value: Any, max_items: int) -> Inputs:
     """`input` as (texts, token ids, single)."""
     if isinstance(value, str):
         if not value:
@@ -186,10 +183,8 @@ def read_input(value: Any, limits: Limits) -> Inputs:
     if first is int:
         check_items(value, int, "input", "an integer, as the items before it are")
         return None, [value], True
-    if len(value) > limits.max_items:
-        raise invalid(
-            "input", "array_above_max_length", f"input holds {len(value)} items; allowed: 1 to {limits.max_items}"
-        )
+    if len(value) > max_items:
+        raise invalid("input", "array_above_max_length", f"input holds {len(value)} items; allowed: 1 to {max_items}")
     if first is str:
         check_items(value, str, "input", "a string, as the items before it are")
         for index, text in enumerate(value):

@@ -13,18 +13,18 @@ from hypothesis.extra.numpy import arrays
 
 from jaxembed.tokenizer import TruncationSide
 from jaxembed_server.errors import ApiError
-from jaxembed_server.schemas import EmbeddingRequest, Limits, decode, encode
+from jaxembed_server.schemas import EmbeddingRequest, decode, encode
 
-LIMITS = Limits(max_items=3)
+MAX_ITEMS = 3
 
 
 def read(**fields: Any) -> EmbeddingRequest:
-    return decode(json.dumps({"input": "text", **fields}).encode(), LIMITS)
+    return decode(json.dumps({"input": "text", **fields}).encode(), max_items=MAX_ITEMS)
 
 
 def refusal(body: bytes) -> ApiError:
     with pytest.raises(ApiError) as refused:
-        decode(body, LIMITS)
+        decode(body, max_items=MAX_ITEMS)
     return refused.value
 
 
@@ -49,7 +49,7 @@ def test_arrays_of_token_ids() -> None:
 
 
 def test_defaults() -> None:
-    request = decode(b'{"input": "text"}', LIMITS)
+    request = decode(b'{"input": "text"}', max_items=MAX_ITEMS)
     assert request.model == ""
     assert request.encoding_format == "float"
     assert request.dimensions is request.truncate_prompt_tokens is request.normalize is None
@@ -178,7 +178,7 @@ def test_the_message_names_the_value_cut_short() -> None:
 @given(st.binary(max_size=200))
 def test_garbage_never_raises_anything_else(body: bytes) -> None:
     try:
-        decode(body, LIMITS)
+        decode(body, max_items=MAX_ITEMS)
     except ApiError as error:
         assert error.status == 400
 
@@ -193,7 +193,7 @@ JSON = st.recursive(
 @given(st.dictionaries(st.sampled_from(["input", "model", "dimensions", "encoding_format", "prompt", "user"]), JSON))
 def test_any_json_object_is_read_or_refused(fields: dict[str, Any]) -> None:
     try:
-        decode(json.dumps(fields).encode(), LIMITS)
+        decode(json.dumps(fields).encode(), max_items=MAX_ITEMS)
     except ApiError as error:
         assert error.status == 400
         assert error.code
@@ -247,7 +247,7 @@ def test_the_answer_is_openais() -> None:
     "data", [b"null", b"0", b'"x"', b'{"b": 1, "a": [1.0, 1e400, 123456789012345678901234567890, "\xc3\xa9\\u00e9"]}']
 )
 def test_additional_data_comes_back_byte_for_byte(data: bytes) -> None:
-    request = decode(b'{"input": "a", "additional_data": ' + data + b"}", LIMITS)
+    request = decode(b'{"input": "a", "additional_data": ' + data + b"}", max_items=MAX_ITEMS)
     body = encode(request, np.zeros((1, 2), np.float32), model="m", prompt_tokens=1)
     assert b'"additional_data":' + data in body
 

@@ -3,7 +3,7 @@
 from quart import Blueprint, Response, g, request
 
 from jaxembed_server.errors import from_exception, invalid
-from jaxembed_server.schemas import Limits, decode, encode
+from jaxembed_server.schemas import decode, encode
 from jaxembed_server.service import Service
 
 __all__ = ["blueprint"]
@@ -12,7 +12,7 @@ __all__ = ["blueprint"]
 def blueprint(service: Service) -> Blueprint:
     """The route of the embeddings API."""
     routes = Blueprint("embeddings", __name__)
-    limits = Limits(max_items=service.config.max_client_batch_size)
+    max_items = service.config.max_client_batch_size
 
     @routes.post("/v1/embeddings")
     async def embeddings() -> Response:
@@ -24,7 +24,7 @@ def blueprint(service: Service) -> Blueprint:
                 f"the content type is {mimetype[:64]!r}; it must be 'application/json'",
                 status=415,
             )
-        asked = decode(await request.get_data(False, False, False), limits)
+        asked = decode(await request.get_data(False, False, False), max_items=max_items)
         g.request_id = g.request_id or asked.request_id
         name = service.name(asked.model)
         try:

@@ -6,7 +6,7 @@ from typing import Any
 
 from quart import Blueprint, Response
 
-from jaxembed_server.errors import NotReadyError, retry_headers
+from jaxembed_server.errors import NotReadyError, from_exception
 from jaxembed_server.metrics import CONTENT_TYPE
 from jaxembed_server.service import Service, State
 
@@ -30,7 +30,8 @@ def blueprint(service: Service) -> Blueprint:
         progress = {"status": service.state.value, "warmed": service.warmed, "of": service.buckets}
         if service.state is State.READY:
             return progress, 200, {}
-        return progress, 503, retry_headers(NotReadyError(service.state.value).retry_after)
+        refusal = from_exception(NotReadyError(service.state.value))
+        return progress, refusal.status, dict(refusal.headers)
 
     @routes.get("/metrics")
     async def metrics() -> Response:
