@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxembed.errors import BucketError
-from jaxembed.types import Batch, Bucket, Encoding
+from jaxembed.types import NO_TASK, Batch, Bucket, Encoding
 
 __all__ = ["DISPATCH_TOKENS", "Ladder", "Plan", "Row", "pack"]
 
@@ -25,12 +25,13 @@ class Plan(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One item on its way into a Batch."""
+    """One item on its way into a Batch; the fields are those of `types.Batch`."""
 
     encoding: Encoding
     dimensions: int
     normalize: bool
     owner: int
+    task: int = NO_TASK
 
 
 class Ladder:
@@ -202,6 +203,8 @@ def pack(bucket: Bucket, rows: Sequence[Row]) -> Batch:
     prompt_lengths: npt.NDArray[np.int32] = np.zeros(shape, np.int32)
     dimensions: npt.NDArray[np.int32] = np.ones(shape, np.int32)
     normalize: npt.NDArray[np.bool_] = np.zeros(shape, np.bool_)
+    second_starts: npt.NDArray[np.int32] = np.zeros(shape, np.int32)
+    tasks: npt.NDArray[np.int32] = np.full(shape, NO_TASK, np.int32)
     for i, row in enumerate(rows):
         ids = row.encoding.ids
         input_ids[i, : len(ids)] = ids
@@ -209,5 +212,7 @@ def pack(bucket: Bucket, rows: Sequence[Row]) -> Batch:
         prompt_lengths[i] = row.encoding.prompt_length
         dimensions[i] = row.dimensions
         normalize[i] = row.normalize
+        second_starts[i] = row.encoding.second_start
+        tasks[i] = row.task
     owners = np.fromiter((row.owner for row in rows), np.int64, len(rows))
-    return Batch(bucket, input_ids, lengths, prompt_lengths, dimensions, normalize, owners)
+    return Batch(bucket, input_ids, lengths, prompt_lengths, dimensions, normalize, second_starts, tasks, owners)

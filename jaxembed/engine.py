@@ -18,9 +18,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxembed.buckets import Ladder
 from jaxembed.errors import BucketError
+from jaxembed.layers import Tokens
 from jaxembed.loading import Model
 from jaxembed.sharding import DATA, batch_sharding
-from jaxembed.types import Batch, Bucket
+from jaxembed.types import NO_TASK, Batch, Bucket
 
 __all__ = ["MAX_BATCH_TOKENS", "Compiled", "Engine"]
 
@@ -138,7 +139,15 @@ class Engine:
         return BucketError(f"the bucket {bucket} is not on the ladder {self.ladder}")
 
     def _arguments(self, batch: Batch) -> tuple[npt.NDArray[Any], ...]:
-        return batch.input_ids, batch.lengths, batch.prompt_lengths, batch.dimensions, batch.normalize
+        return (
+            batch.input_ids,
+            batch.lengths,
+            batch.prompt_lengths,
+            batch.dimensions,
+            batch.normalize,
+            batch.second_starts,
+            batch.tasks,
+        )
 
     def _lower(self, bucket: Bucket) -> Any:
         mesh = self.model.mesh
@@ -159,10 +168,19 @@ def forward(
     prompt_lengths: Int[Array, " B"],
     dimensions: Int[Array, " B"],
     normalize: Bool[Array, " B"],
+    second_starts: Int[Array, " B"],
+    tasks: Int[Array, " B"],
 ) -> Float[Array, "B D"]:
     """What each executable computes; the arguments are those of `types.Batch`."""
-    mask = jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None, :] < lengths[:, None]
-    return model.embed(leaves, input_ids, mask, prompt_lengths, dimensions, normalize)
+    positions = jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None, :]
+    seconds = second_starts[:, None]
+    tokens = Tokens(
+        input_ids=input_ids,
+        mask=positions < lengths[:, None],
+        token_types=((seconds > 0) & (positions >= seconds)).astype(jnp.int32),
+        tasks=tasks,
+    )
+    return model.embed(leaves, tokens, prompt_lengths, dimensions, normalize)
 
 
 def empty(bucket: Bucket) -> Batch:
@@ -176,6 +194,8 @@ def empty(bucket: Bucket) -> Batch:
         prompt_lengths=zeros,
         dimensions=np.ones(rows, np.int32),
         normalize=np.zeros(rows, np.bool_),
+        second_starts=zeros,
+        tasks=np.full(rows, NO_TASK, np.int32),
         owners=np.zeros(0, np.int64),
     )
 

@@ -6,6 +6,7 @@ D width, N heads, H head width, F feed-forward, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,45 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxembed.errors import UnsupportedModelError
+from jaxembed.types import NO_TASK
 
-__all__ = ["ACTIVATIONS", "Embedding", "LayerNorm", "Linear", "activation", "attention", "matmul", "parameter"]
+__all__ = [
+    "ACTIVATIONS",
+    "Embedding",
+    "LayerNorm",
+    "Linear",
+    "RMSNorm",
+    "Tokens",
+    "activation",
+    "attention",
+    "matmul",
+    "parameter",
+    "split_heads",
+]
 
 MASKED = -1e30
 """Score of a key that must not be seen. Finite: a row without any key gives a mean, not NaN."""
+
+
+class Tokens(NamedTuple):
+    """What an encoder is called with.
+
+    Attributes:
+        input_ids: token ids; what stands in the padding is arbitrary.
+        mask: tokens that are not padding. Padding is on the right in everything this project makes.
+        token_types: 0, or 1 for the second text of a pair.
+        tasks: which task each row asks for (`Architecture.tasks`); negative for none.
+    """
+
+    input_ids: Int[Array, "B T"]
+    mask: Bool[Array, "B T"]
+    token_types: Int[Array, "B T"]
+    tasks: Int[Array, " B"]
+
+    @classmethod
+    def plain(cls, input_ids: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> "Tokens":
+        """Single texts that ask for no task."""
+        return cls(input_ids, mask, jnp.zeros_like(input_ids), jnp.full(input_ids.shape[:1], NO_TASK, jnp.int32))
 
 
 def parameter(shape: tuple[int, ...], axes: tuple[str, ...], dtype: str = "float32") -> nnx.Param[jax.Array]:
@@ -78,15 +113,41 @@ class Embedding(nnx.Module):
 class LayerNorm(nnx.Module):
     """(x - mean) / sqrt(variance + eps) * scale + bias over the last axis, in float32 (https://arxiv.org/abs/1607.06450)."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, *, bias: bool = True) -> None:
         self.scale = parameter((size,), ("embed",))
-        self.bias = parameter((size,), ("embed",))
+        self.bias = parameter((size,), ("embed",)) if bias else None
         self.eps = eps
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "*shape D"]) -> Float[Array, "*shape D"]:
         centred = x - jnp.mean(x, axis=-1, keepdims=True)
         variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
-        return centred * jax.lax.rsqrt(variance + self.eps) * self.scale[...][None, None] + self.bias[...][None, None]
+        y = centred * jax.lax.rsqrt(variance + self.eps) * spread(self.scale[...], x.ndim)
+        return y if self.bias is None else y + spread(self.bias[...], x.ndim)
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * (scale + offset) over the last axis, in float32 (https://arxiv.org/abs/1910.07467).
+
+    Args:
+        size: D.
+        eps: added to the mean square.
+        offset: 1 where the checkpoint holds scale - 1, as Gemma's do.
+        axis: logical name of the axis; "head_dim" for norms of single heads.
+    """
+
+    def __init__(self, size: int, eps: float, *, offset: float = 0.0, axis: str = "embed") -> None:
+        self.scale = parameter((size,), (axis,))
+        self.eps = eps
+        self.offset = offset
+
+    def __call__(self, x: Float[Array, "*shape D"]) -> Float[Array, "*shape D"]:
+        normal = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        return normal * spread(self.scale[...] + self.offset, x.ndim)
+
+
+def spread(vector: Float[Array, " D"], ndim: int) -> Float[Array, "..."]:
+    """A vector with axes of size 1 before it, `ndim` in all."""
+    return vector.reshape((1,) * (ndim - 1) + vector.shape)
 
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -128,32 +189,62 @@ def activation(name: str) -> Activation:
 
 def attention(
     query: Float[Array, "B T ND"],
-    key: Float[Array, "B S ND"],
-    value: Float[Array, "B S ND"],
+    key: Float[Array, "B S KD"],
+    value: Float[Array, "B S KD"],
     mask: Bool[Array, "B S"],
     *,
     num_heads: int,
     dtype: jnp.dtype,
+    num_key_value_heads: int | None = None,
+    scale: float | None = None,
+    bias: Float[Array, "_ N T S"] | None = None,
+    causal: bool = False,
+    window: int | None = None,
 ) -> Float[Array, "B T ND"]:
-    """Scaled dot-product attention, softmax(Q K^T / sqrt(H)) V (https://arxiv.org/abs/1706.03762).
+    """Scaled dot-product attention, softmax(Q K^T * scale + bias) V (https://arxiv.org/abs/1706.03762).
 
     Args:
         query, key, value: heads side by side in the last axis, float32.
         mask: keys that may be seen.
         num_heads: N.
         dtype: of the products' operands.
+        num_key_value_heads: K, which divides N: each key and value head serves N / K query heads
+            (https://arxiv.org/abs/2305.13245). By default N.
+        scale: by default 1 / sqrt(H).
+        bias: added to the scores; its first axis is B or 1.
+        causal: a query sees no key behind its own place.
+        window: a query sees keys at most this many places away, on either side: an inclusive radius.
 
     Returns:
         float32, heads side by side again.
     """
-    q, k, v = (split_heads(x, num_heads) for x in (query, key, value))
-    scale = float(q.shape[-1]) ** -0.5
-    scores = matmul("BNTH,BNSH->BNTS", q * scale, k, dtype)
-    scores = jnp.where(mask[:, None, None, :], scores, MASKED)
+    kv_heads = num_key_value_heads or num_heads
+    q, k, v = split_heads(query, num_heads), split_heads(key, kv_heads), split_heads(value, kv_heads)
+    if kv_heads != num_heads:
+        k, v = (jnp.repeat(x, num_heads // kv_heads, axis=1) for x in (k, v))
+    scores = matmul("BNTH,BNSH->BNTS", q * (float(q.shape[-1]) ** -0.5 if scale is None else scale), k, dtype)
+    if bias is not None:
+        scores = scores + jnp.broadcast_to(bias, scores.shape)
+    seen = mask[:, None, None, :]
+    if causal or window is not None:
+        seen = seen & places(query.shape[1], key.shape[1], causal, window)[None, None]
+    weights, total = soften(jnp.where(seen, scores, MASKED))
     # The division waits until after the product with V: XLA fuses this form best on CPU (docs/numerics.md).
-    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-    mixed = matmul("BNTS,BNSH->BNTH", weights, v, dtype) / jnp.sum(weights, axis=-1, keepdims=True)
+    mixed = matmul("BNTS,BNSH->BNTH", weights, v, dtype) / total
     return jnp.swapaxes(mixed, 1, 2).reshape(query.shape)
+
+
+def soften(scores: Float[Array, "B N T S"]) -> tuple[Float[Array, "B N T S"], Float[Array, "B N T 1"]]:
+    """exp of the scores less their maximum, and its sum: softmax before the division."""
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    return weights, jnp.sum(weights, axis=-1, keepdims=True)
+
+
+def places(queries: int, keys: int, causal: bool, window: int | None) -> Bool[Array, "T S"]:
+    """Which key each query may see by its place alone."""
+    distance = jnp.arange(keys, dtype=jnp.int32)[None, :] - jnp.arange(queries, dtype=jnp.int32)[:, None]
+    seen = distance <= 0 if causal else jnp.ones((queries, keys), bool)
+    return seen if window is None else seen & (jnp.abs(distance) <= window)
 
 
 def split_heads(x: Float[Array, "B T ND"], num_heads: int) -> Float[Array, "B N T H"]:

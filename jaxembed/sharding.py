@@ -19,6 +19,8 @@ AXES: Mapping[str, str | None] = {
     "position": None,
     "token_type": None,
     "embed": None,
+    "head_dim": None,
+    "label": None,
     "heads": MODEL,
     "mlp": MODEL,
 }

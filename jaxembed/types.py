@@ -1,6 +1,6 @@
 """Values that travel between the floors: frozen, numpy only. Knows neither text nor JAX."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -8,9 +8,23 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Architecture", "Batch", "Bucket", "Encoding", "Layout", "Pooling", "PoolingMode", "Weight"]
+__all__ = [
+    "NO_TASK",
+    "Architecture",
+    "Batch",
+    "Bucket",
+    "Encoding",
+    "Layout",
+    "Pooling",
+    "PoolingMode",
+    "Weight",
+    "Weights",
+]
 
 Int32 = npt.NDArray[np.int32]
+
+NO_TASK = -1
+"""A row that asks for none of the architecture's tasks."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -20,10 +34,12 @@ class Encoding:
     Attributes:
         ids: token ids, int32 [T], special tokens included.
         prompt_length: leading tokens that pooling leaves out (0 unless the model says `include_prompt: false`).
+        second_start: where the second text of a pair begins; 0 where there is only one.
     """
 
     ids: Int32
     prompt_length: int = 0
+    second_start: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -55,6 +71,8 @@ class Batch:
         prompt_lengths: int32 [B], leading tokens that pooling leaves out.
         dimensions: int32 [B], matryoshka size per row.
         normalize: bool [B], L2-normalise this row?
+        second_starts: int32 [B], where the second text of a pair begins; 0 where there is only one.
+        tasks: int32 [B], which of the architecture's tasks each row asks for; `NO_TASK` for none.
         owners: int64 [n], which item of the planned queue each real row belongs to.
     """
 
@@ -64,6 +82,8 @@ class Batch:
     prompt_lengths: Int32
     dimensions: Int32
     normalize: npt.NDArray[np.bool_]
+    second_starts: Int32
+    tasks: Int32
     owners: npt.NDArray[np.int64]
 
     @property
@@ -96,34 +116,75 @@ class Layout(StrEnum):
 
     SAME = "same"
     TRANSPOSED = "transposed"
-    """torch.nn.Linear stores [out, in]; our kernels are [in, out]."""
+    """torch.nn.Linear stores [out, in]; our kernels are [in, out]. Of more axes the last two change places."""
 
 
 class Weight(NamedTuple):
-    """Where a parameter of ours stands in a checkpoint. `name` may hold `{n}`, the layer's number."""
+    """Where a parameter of ours stands in a checkpoint.
+
+    Attributes:
+        name: the checkpoint's name; `{n}` in it is the layer's number.
+        layout: how it is stored.
+        part: (i, k): ours is the i-th of k equal parts of what is stored, along its first axis, as where queries,
+            keys and values are one matrix.
+    """
 
     name: str
     layout: Layout = Layout.SAME
+    part: tuple[int, int] = (0, 1)
+
+
+Weights = Mapping[str, Weight]
+"""Our parameter path, with `{n}` for the layer's number -> where the checkpoint keeps it."""
+
+
+def no_tasks(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What an architecture without task adapters says."""
+    return ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """Everything the loader must know of one kind of model. Each file in `models/` makes one.
+class Names:
+    """Under which names a checkpoint keeps the parameters of a module.
 
     Attributes:
-        model_type: Hugging Face's name in config.json.
-        config: config.json as a dict -> this architecture's Config; raises UnsupportedModelError.
-        build: (Config, matmul dtype name) -> the NNX module, with `hidden_states(input_ids, mask)`.
         weights: our parameter path with `{n}` -> where the checkpoint keeps it.
+        alternatives: other tables of the same, as where a hub original and transformers' port name and fuse their
+            matrices differently. The table that fits a checkpoint best is used.
         ignored: patterns (regular expressions, whole name) of checkpoint keys that are rightly left over.
         prefixes: what may stand before every name, as when the encoder was saved inside a larger model.
         renames: (pattern, replacement) applied to checkpoint keys first: names of older savers.
     """
 
-    model_type: str
-    config: Callable[[Mapping[str, Any]], Any]
-    build: Callable[[Any, str], Any]
-    weights: Mapping[str, Weight]
+    weights: Weights
+    alternatives: tuple[Weights, ...] = ()
     ignored: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = ("",)
     renames: tuple[tuple[str, str], ...] = field(default=())
+
+    @property
+    def where(self) -> str:
+        """For messages: where the table stands."""
+        return "a module"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture(Names):
+    """Everything the loader must know of one kind of model. Each file in `models/` makes one.
+
+    Attributes:
+        model_type: Hugging Face's name in config.json.
+        config: config.json as a dict -> this architecture's Config; raises UnsupportedModelError.
+        build: (Config, matmul dtype name) -> the NNX module, with `hidden_states(tokens)`.
+        tasks: (config.json) -> names of the tasks among which each row may choose, as of task adapters.
+    """
+
+    model_type: str
+    config: Callable[[Mapping[str, Any]], Any]
+    build: Callable[[Any, str], Any]
+    tasks: Callable[[Mapping[str, Any]], Sequence[str]] = field(default=no_tasks)
+
+    @property
+    def where(self) -> str:
+        """For messages: where the table stands."""
+        return f"models/{self.model_type}"

@@ -5,7 +5,7 @@ compare layer by layer. Knows no architecture but the tiny BERT that other tests
 """
 
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedModel, PreTrainedTokenizerFast
 
+from jaxembed.layers import Tokens
 from jaxembed.loading import load
 from jaxembed.sharding import make_mesh
 
 __all__ = [
+    "TINY",
     "TOLERANCE",
     "check_parity",
     "cosines",
@@ -36,6 +38,17 @@ __all__ = [
 TOLERANCE = 1e-5
 """Largest absolute difference of a hidden state or a vector, in float32."""
 
+TINY: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 40,
+    "max_position_embeddings": 32,
+    "attn_implementation": "eager",
+}
+"""Sizes of a tiny model, under the names that most of Hugging Face's configurations use."""
+
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 torch.set_num_threads(2)
@@ -43,17 +56,7 @@ torch.set_num_threads(2)
 
 def tiny_bert(seed: int = 0, **overrides: Any) -> BertModel:
     """A random BERT: two layers of width 16; `overrides` go to BertConfig."""
-    options = {
-        "vocab_size": 64,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 40,
-        "max_position_embeddings": 32,
-        "attn_implementation": "eager",
-    }
-    model = BertModel(BertConfig(**{**options, **overrides}))
-    return randomise(model, seed)
+    return randomise(BertModel(BertConfig(**TINY | overrides)), seed)
 
 
 def randomise(model: Any, seed: int) -> Any:
@@ -128,7 +131,14 @@ def cosines(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> npt.NDArr
     return (x * y).sum(axis=1) / (np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1))
 
 
-def check_parity(hf_model: PreTrainedModel, folder: Path, *, seed: int = 0) -> float:
+def check_parity(
+    hf_model: PreTrainedModel,
+    folder: Path,
+    *,
+    seed: int = 0,
+    save: Callable[[PreTrainedModel, Path], Path] = save_checkpoint,
+    **call: Any,
+) -> float:
     """Save a Hugging Face model, load it with `jaxembed.loading.load`, and compare.
 
     Every hidden state (the embeddings' output and each layer's) and the mean-pooled vector must agree to
@@ -138,11 +148,13 @@ def check_parity(hf_model: PreTrainedModel, folder: Path, *, seed: int = 0) -> f
         hf_model: random; see `randomise`.
         folder: an empty folder to save it in.
         seed: of the token ids.
+        save: writes the model and a tokenizer into the folder; another one writes the names of a hub original.
+        call: more arguments for the original's forward.
 
     Returns:
         The largest absolute difference, for the record.
     """
-    model = load(save_checkpoint(hf_model, folder), mesh=make_mesh(jax.devices()[:1]))
+    model = load(save(hf_model, folder), mesh=make_mesh(jax.devices()[:1]))
     length = model.max_length
     lengths = np.array([length, 1, 2, length // 2, length - 1, length, 0], np.int32)
     random = np.random.default_rng(seed)
@@ -152,9 +164,10 @@ def check_parity(hf_model: PreTrainedModel, folder: Path, *, seed: int = 0) -> f
     @jax.jit
     def ours(leaves: Any, ids: jax.Array, mask: jax.Array) -> Any:
         rows = ids.shape[0]
-        states = model.encoder(leaves).hidden_states(ids, mask)
+        tokens = Tokens.plain(ids, mask)
+        states = model.encoder(leaves).hidden_states(tokens)
         none = jnp.zeros(rows, jnp.int32)
-        return states, model.embed(leaves, ids, mask, none, none + model.dimension, none.astype(bool))
+        return states, model.embed(leaves, tokens, none, none + model.dimension, none.astype(bool))
 
     states, vectors = ours(model.leaves, ids, mask)
     real = lengths > 0
@@ -162,7 +175,7 @@ def check_parity(hf_model: PreTrainedModel, folder: Path, *, seed: int = 0) -> f
     torch_ids = torch.from_numpy(np.where(mask, ids, 0)[real].astype(np.int64))
     torch_mask = torch.from_numpy(mask[real].astype(np.int64))
     with torch.no_grad():
-        output = hf_model(input_ids=torch_ids, attention_mask=torch_mask, output_hidden_states=True)
+        output = hf_model(input_ids=torch_ids, attention_mask=torch_mask, output_hidden_states=True, **call)
         pooled = Pooling(output.last_hidden_state.shape[-1], "mean")(
             {"token_embeddings": output.last_hidden_state, "attention_mask": torch_mask}
         )["sentence_embedding"]

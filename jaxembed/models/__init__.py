@@ -2,29 +2,52 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 from jaxembed.errors import UnsupportedModelError
-from jaxembed.models import bert
+from jaxembed.models import bert, roberta
 from jaxembed.types import Architecture
 
-__all__ = ["REGISTRY", "architecture"]
+__all__ = ["REGISTRY", "REMOTE", "architecture"]
 
 REGISTRY: Mapping[str, Architecture] = MappingProxyType(
     {
         "bert": bert.ARCHITECTURE,
+        "camembert": roberta.ARCHITECTURE,
+        "roberta": roberta.ARCHITECTURE,
+        "xlm-roberta": roberta.ARCHITECTURE,
     }
 )
 
+REMOTE: Mapping[str, Architecture] = MappingProxyType({})
+"""Class that a config.json's `auto_map` names as AutoModel -> the architecture that replaces that remote code."""
 
-def architecture(model_type: object) -> Architecture:
-    """The architecture of a config.json's `model_type`.
+
+def architecture(config: Mapping[str, Any]) -> Architecture:
+    """The architecture of a config.json: by the remote class it names in `auto_map`, else by its `model_type`.
 
     Raises:
-        UnsupportedModelError: not in the registry.
+        UnsupportedModelError: not in the registry. A remote class that is not known is refused even where the
+            model_type is known: what it computes may be anything.
     """
+    remote = remote_class(config)
+    if remote is not None:
+        if remote not in REMOTE:
+            raise UnsupportedModelError(
+                f"config.json asks for the remote code {remote!r}, which is never run here; replaced are: "
+                f"{', '.join(sorted(REMOTE)) or 'none'}"
+            )
+        return REMOTE[remote]
+    model_type = config.get("model_type")
     found = REGISTRY.get(model_type) if isinstance(model_type, str) else None
     if found is None:
         raise UnsupportedModelError(
             f"config.json says model_type {model_type!r}; supported: {', '.join(sorted(REGISTRY))}"
         )
     return found
+
+
+def remote_class(config: Mapping[str, Any]) -> str | None:
+    """The class that `auto_map` names for AutoModel, without repository and file; None where there is none."""
+    named = (config.get("auto_map") or {}).get("AutoModel")
+    return str(named).rsplit(".", 1)[-1] if named else None

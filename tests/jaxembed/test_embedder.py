@@ -26,8 +26,8 @@ from jaxembed.errors import (
     TokenIdError,
     UnsupportedModelError,
 )
-from jaxembed.loading import checkpoint_name
 from jaxembed.types import Layout
+from jaxembed.weights import checkpoint_name
 
 WIDTH = 16
 PROMPTS = {"query": "q ", "passage": "p ", "corpus": "c "}
@@ -374,7 +374,7 @@ def test_the_gradient_is_torch_s(
     expected = dict(theirs[0].model.named_parameters())
     largest = 0.0
     for path, gradient in got.items():
-        weight = checkpoint_name(model.model.architecture, path)
+        weight = checkpoint_name(model.model.architecture, model.model.architecture.weights, path)
         want = expected[weight.name].grad.numpy()
         want = want.T if weight.layout is Layout.TRANSPOSED else want
         np.testing.assert_allclose(gradient, want, atol=1e-5, err_msg=path)

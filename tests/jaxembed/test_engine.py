@@ -15,6 +15,7 @@ from jaxembed import Bucket, Embedder, Ladder, make_mesh
 from jaxembed.buckets import Row, pack
 from jaxembed.engine import MAX_BATCH_TOKENS, Engine
 from jaxembed.errors import BucketError
+from jaxembed.layers import Tokens
 from jaxembed.loading import Model, load
 from jaxembed.types import Batch, Encoding
 
@@ -164,7 +165,7 @@ def test_prompts_are_left_out_per_row(tmp_path: Path, rows: int) -> None:
     batch = pack(BUCKET, [Row(Encoding(ids, prompt), 16, False, 0) for prompt in range(rows)])
     got = engine.run(batch)
     hidden = np.asarray(
-        jax.jit(lambda leaves, ids, mask: engine.model.encoder(leaves).hidden_states(ids, mask)[-1])(
+        jax.jit(lambda leaves, ids, mask: engine.model.encoder(leaves).hidden_states(Tokens.plain(ids, mask))[-1])(
             engine.model.leaves, ids[None], np.ones((1, 8), bool)
         )
     )

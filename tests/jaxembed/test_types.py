@@ -26,7 +26,9 @@ def test_encoding_is_as_long_as_its_ids() -> None:
 def test_batch_counts_real_rows() -> None:
     """Rows of padding have no owner."""
     zeros = np.zeros(4, np.int32)
-    batch = Batch(Bucket(4, 8), np.zeros((4, 8), np.int32), zeros, zeros, zeros, zeros.astype(bool), np.arange(3))
+    batch = Batch(
+        Bucket(4, 8), np.zeros((4, 8), np.int32), zeros, zeros, zeros, zeros.astype(bool), zeros, zeros, np.arange(3)
+    )
     assert batch.rows == 3
 
 

@@ -1,11 +1,11 @@
 """BERT against transformers' BertModel on random configurations."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-from parity import check_parity, tiny_bert
+from parity import TINY
+from transformers import BertConfig, BertModel
 
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.models.bert import Config
@@ -31,10 +31,9 @@ SMALL = {
     ],
     ids=lambda overrides: "-".join(f"{name}={value}" for name, value in overrides.items()) or "plain",
 )
-def test_parity(overrides: dict[str, Any], tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+def test_parity(overrides: dict[str, Any], parity: Callable[..., None]) -> None:
     """Every hidden state and the pooled vector agree with torch."""
-    worst = check_parity(tiny_bert(seed=len(overrides), **overrides), tmp_path)
-    record_property("max abs diff", f"{worst:.1e}")
+    parity(BertModel(BertConfig(**TINY | overrides)), seed=len(overrides))
 
 
 def test_config_reads_what_the_file_says() -> None:
