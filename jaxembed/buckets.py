@@ -31,7 +31,6 @@ class Row(NamedTuple):
     dimensions: int
     normalize: bool
     owner: int
-    task: int = NO_TASK
 
 
 class Ladder:
@@ -213,6 +212,6 @@ def pack(bucket: Bucket, rows: Sequence[Row]) -> Batch:
         dimensions[i] = row.dimensions
         normalize[i] = row.normalize
         second_starts[i] = row.encoding.second_start
-        tasks[i] = row.task
+        tasks[i] = row.encoding.task
     owners = np.fromiter((row.owner for row in rows), np.int64, len(rows))
     return Batch(bucket, input_ids, lengths, prompt_lengths, dimensions, normalize, second_starts, tasks, owners)

@@ -1,19 +1,20 @@
 """Where a checkpoint stands and what its configuration files say. Reads no weights, knows no JAX.
 
 A name is resolved in this order: a local folder, an installed package that carries it, the local hub cache, the
-hub. A sentence-transformers folder says in modules.json what follows the transformer; a folder without it gets
-mean pooling, as sentence-transformers does.
+hub. A sentence-transformers folder says in modules.json what follows the encoder (`modules`); a folder without it
+gets mean pooling, as sentence-transformers does.
 """
 
 import importlib.util
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from jaxembed.errors import CheckpointNotFoundError, CorruptCheckpointError, UnsupportedModelError
-from jaxembed.types import Pooling, PoolingMode
+from jaxembed.modules import Entry, Module, Normalize, Route, read_json, read_modules, read_routes
+from jaxembed.tensors import Tensors
+from jaxembed.types import Pooling
 
 __all__ = ["DEFAULT_MODEL", "PACKAGED", "Checkpoint", "resolve"]
 
@@ -29,50 +30,61 @@ HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 NO_LIMIT = 10**9
 """Tokenizers without a length of their own say 1e30; anything at least this long means "no limit"."""
 
+ENCODERS = ("MLMTransformer", "StaticEmbedding", "Transformer")
+"""The modules that a chain may begin with."""
+
+HEADS = {"ForMaskedLM": "fill-mask", "ForSequenceClassification": "sequence-classification"}
+"""Ending of a class in config.json's `architectures` -> Hugging Face's name of the task."""
+
 SENTENCE_CONFIGS = tuple(
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
 
-LEGACY_POOLING = {
-    "pooling_mode_cls_token": PoolingMode.CLS,
-    "pooling_mode_max_tokens": PoolingMode.MAX,
-    "pooling_mode_mean_tokens": PoolingMode.MEAN,
-    "pooling_mode_mean_sqrt_len_tokens": PoolingMode.MEAN_SQRT_LEN,
-    "pooling_mode_weightedmean_tokens": PoolingMode.WEIGHTED_MEAN,
-    "pooling_mode_lasttoken": PoolingMode.LAST_TOKEN,
-}
-
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The configuration of one checkpoint.
+    """The configuration of one checkpoint, or of one route of it.
 
     Attributes:
         name: what was asked for: a hub id or a path.
-        folder: the folder of the transformer: config.json, tokenizer, weights.
+        folder: the folder of the encoder: config.json, tokenizer, weights.
         config: config.json.
-        pooling: the Pooling module.
+        modules: what follows the encoder, but for a Normalize at the end.
         normalize: whether a Normalize module ends the chain.
+        head: what the encoder has on top of its hidden states ("sequence-classification", "fill-mask"), by the names
+            of Hugging Face's tasks; None for nothing.
+        special_tokens: whether the model's special tokens stand around a text.
         max_length: tokens an input may have, special tokens included; None when no file says.
         lowercase: lowercase texts before tokenising (`do_lower_case`).
         prompts: name -> text to put before an input.
         default_prompt_name: the prompt used when none is asked for.
         similarity: cosine, dot, euclidean or manhattan.
         dimensions: the default size of vectors (`truncate_dim`); None for the full size.
+        settings: sentence_bert_config.json.
+        extra: config_sentence_transformers.json.
+        routes: task ("query", "document") -> the checkpoint that inputs of that task go through, where a Router
+            parts them; this one is then that of `default_route`.
+        default_route: the task of inputs that name none; None where they are refused.
     """
 
     name: str
     folder: Path
     config: Mapping[str, Any]
-    pooling: Pooling = field(default_factory=Pooling)
+    modules: tuple[Module, ...] = (Pooling(),)
     normalize: bool = False
+    head: str | None = None
+    special_tokens: bool = True
     max_length: int | None = None
     lowercase: bool = False
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt_name: str | None = None
     similarity: str = "cosine"
     dimensions: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    routes: Mapping[str, "Checkpoint"] = field(default_factory=dict)
+    default_route: str | None = None
 
     @classmethod
     def open(cls, name: str | Path, *, revision: str | None = None) -> "Checkpoint":
@@ -88,43 +100,62 @@ class Checkpoint:
             UnsupportedModelError: modules.json holds a module that is not implemented.
         """
         root = resolve(str(name), revision=revision)
-        entries = read_modules(root)
-        folder = root / entries[0][1] if entries else root
-        if not (folder / "config.json").is_file():
-            raise CheckpointNotFoundError(f"{folder} has no config.json: it is no checkpoint")
-        config = read_json(folder / "config.json")
-        sentence = read_sentence_config(folder)
+        routes = {task: cls._of_route(str(name), root, route) for task, route in read_routes(root).items()}
+        if "" in routes:
+            return routes[""]
+        default = next((task for task, route in read_routes(root).items() if route.default), None)
+        return replace(routes[default or next(iter(routes))], routes=routes, default_route=default)
+
+    @classmethod
+    def _of_route(cls, name: str, root: Path, route: Route) -> "Checkpoint":
+        """Read what one route's encoder and modules say."""
+        first = route.entries[0] if route.entries else Entry("Transformer", root)
+        if first.kind not in ENCODERS:
+            raise UnsupportedModelError(
+                f"{root / 'modules.json'} begins with {first.kind}; supported: {', '.join(sorted(ENCODERS))}"
+            )
+        folder = first.folder
+        static = first.kind == "StaticEmbedding" or is_model2vec(folder)
+        config = read_static(folder) if static else read_config(folder)
+        settings = {} if static else read_sentence_config(folder)
         extra = read_json(root / "config_sentence_transformers.json", optional=True)
-        pooling, normalize = Pooling(), False
-        for kind, path in entries[1:]:
-            if kind == "Pooling" and not normalize:
-                pooling = read_pooling(read_json(root / path / "config.json"))
-            elif kind == "Normalize":
-                normalize = True
-            else:
-                raise UnsupportedModelError(
-                    f"{root / 'modules.json'}: the module {kind!r} at this place is not supported; "
-                    "supported: Transformer, Pooling, Normalize, in this order"
-                )
+        # Static embeddings are averaged without a module that says so; a folder of transformers alone gets the mean.
+        implied = static or not route.entries
+        modules = read_modules(route.entries[1:], pooled=implied)
+        if implied:
+            modules = (Pooling(), *modules)
+        if static and not route.entries and config.get("normalize"):
+            modules = (*modules, Normalize())
+        ended = [place for place, module in enumerate(modules) if module != Normalize()]
+        kept = modules[: ended[-1] + 1] if ended else ()
         default_prompt = extra.get("default_prompt_name")
-        prompts = dict(extra.get("prompts") or {})
+        prompts = {key: text for key, text in (extra.get("prompts") or {}).items() if text is not None}
         if default_prompt is not None and default_prompt not in prompts:
             raise CorruptCheckpointError(
                 f"{root}: default_prompt_name is {default_prompt!r}, but the prompts are {sorted(prompts)}"
             )
         return cls(
-            name=str(name),
+            name=name,
             folder=folder,
             config=config,
-            pooling=pooling,
-            normalize=normalize,
-            max_length=read_max_length(folder, config, sentence),
-            lowercase=bool(sentence.get("do_lower_case", False)),
+            modules=kept,
+            normalize=len(kept) < len(modules),
+            head=read_head(first.kind, settings, config, alone=not route.entries),
+            special_tokens=not static,
+            max_length=None if static else read_max_length(folder, config, settings),
+            lowercase=bool(settings.get("do_lower_case", False)),
             prompts=prompts,
             default_prompt_name=default_prompt,
             similarity=extra.get("similarity_fn_name") or "cosine",
             dimensions=extra.get("truncate_dim"),
+            settings=settings,
+            extra=extra,
         )
+
+    @property
+    def pooling(self) -> Pooling | None:
+        """The Pooling module; None where texts get no single vector."""
+        return next((module for module in self.modules if isinstance(module, Pooling)), None)
 
 
 def resolve(name: str, *, revision: str | None = None) -> Path:
@@ -166,41 +197,62 @@ def resolve(name: str, *, revision: str | None = None) -> Path:
     raise CheckpointNotFoundError(f"cannot find the checkpoint {name!r}: {'; '.join(tried)}")
 
 
-def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
-    """A JSON object from a file; {} for an absent file when `optional`."""
-    if not path.is_file():
-        if optional:
-            return {}
-        raise CorruptCheckpointError(f"{path} is missing")
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CorruptCheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CorruptCheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
-    return value
+def read_config(folder: Path) -> dict[str, Any]:
+    """An encoder's config.json."""
+    if not (folder / "config.json").is_file():
+        raise CheckpointNotFoundError(f"{folder} has no config.json: it is no checkpoint")
+    return read_json(folder / "config.json")
 
 
-def read_modules(root: Path) -> list[tuple[str, str]]:
-    """modules.json as [(kind, path)], kind being the last part of the class path; [] without the file.
+def is_model2vec(folder: Path) -> bool:
+    """Whether a folder without modules.json is one of model2vec's."""
+    return read_json(folder / "config.json", optional=True).get("model_type") == "model2vec"
 
-    Both namespaces are known by that last part: `sentence_transformers.models.Pooling` (up to 5) and
-    `sentence_transformers.sentence_transformer.modules.pooling.Pooling` (from 6).
+
+def read_static(folder: Path) -> dict[str, Any]:
+    """What a config.json would say of a StaticEmbedding: its sizes are those of its arrays.
+
+    Raises:
+        CorruptCheckpointError: there is no table among the arrays.
     """
-    path = root / "modules.json"
-    if not path.is_file():
-        return []
-    try:
-        modules = [
-            (str(entry["type"]).rsplit(".", 1)[-1], str(entry["path"]))
-            for entry in sorted(json.loads(path.read_bytes()), key=lambda entry: int(entry["idx"]))
-        ]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptCheckpointError(f"{path} is no list of modules: {error!r}") from None
-    if not modules or modules[0][0] != "Transformer":
-        first = modules[0][0] if modules else "nothing"
-        raise UnsupportedModelError(f"{path} begins with {first}; supported: models that begin with Transformer")
-    return modules
+    tensors = Tensors(folder)
+    table = next((tensors[name] for name in ("embedding.weight", "embeddings") if name in tensors), None)
+    if table is None or table.ndim != 2:
+        raise CorruptCheckpointError(f"{folder} holds no table of vectors: neither 'embedding.weight' nor 'embeddings'")
+    return {
+        **read_json(folder / "config.json", optional=True),
+        "model_type": "static_embedding",
+        "rows": table.shape[0],
+        "hidden_size": table.shape[1],
+        "vocab_size": len(tensors["mapping"]) if "mapping" in tensors else table.shape[0],
+        "mapped": "mapping" in tensors,
+        "weighted": "weights" in tensors,
+    }
+
+
+def read_head(kind: str, settings: Mapping[str, Any], config: Mapping[str, Any], *, alone: bool) -> str | None:
+    """What the encoder has on top of its hidden states.
+
+    Args:
+        kind: the encoder's class in modules.json.
+        settings: sentence_bert_config.json, whose `transformer_task` says it from version 5.4 on.
+        config: config.json, whose `architectures` says it in a folder of transformers alone.
+        alone: whether it is such a folder.
+
+    Raises:
+        UnsupportedModelError: a task that is not implemented.
+    """
+    task = settings.get("transformer_task", "fill-mask" if kind == "MLMTransformer" else None)
+    if task == "feature-extraction":
+        return None
+    if task is not None:
+        if task not in HEADS.values():
+            raise UnsupportedModelError(
+                f"transformer_task is {task!r}; supported: feature-extraction, {', '.join(HEADS.values())}"
+            )
+        return str(task)
+    named = str((config.get("architectures") or [""])[0]) if alone else ""
+    return next((head for suffix, head in HEADS.items() if named.endswith(suffix)), None)
 
 
 def read_sentence_config(folder: Path) -> dict[str, Any]:
@@ -224,20 +276,3 @@ def read_max_length(folder: Path, config: Mapping[str, Any], sentence: Mapping[s
     ]
     known = [int(limit) for limit in limits if limit is not None and 0 < limit < NO_LIMIT]
     return min(known) if known else None
-
-
-def read_pooling(config: Mapping[str, Any]) -> Pooling:
-    """A Pooling module's config.json: the old booleans (none true: mean) or the new `pooling_mode`.
-
-    Raises:
-        UnsupportedModelError: a mode that does not exist.
-    """
-    given = config.get("pooling_mode")
-    if given is None:
-        modes = tuple(mode for key, mode in LEGACY_POOLING.items() if config.get(key))
-    else:
-        try:
-            modes = tuple(PoolingMode(mode) for mode in ([given] if isinstance(given, str) else given))
-        except ValueError:
-            raise UnsupportedModelError(f"pooling_mode is {given!r}; supported: {', '.join(PoolingMode)}") from None
-    return Pooling(modes or (PoolingMode.MEAN,), bool(config.get("include_prompt", True)))

@@ -9,6 +9,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,25 @@ from tqdm import tqdm
 from jaxembed.buckets import Ladder, Row, pack
 from jaxembed.checkpoint import Checkpoint
 from jaxembed.engine import Engine
-from jaxembed.errors import DimensionsError, InputError, InputTypeError, PromptNameError, UnsupportedModelError
-from jaxembed.loading import Model, load
+from jaxembed.errors import (
+    DimensionsError,
+    InputError,
+    InputTypeError,
+    PromptNameError,
+    TaskNameError,
+    UnsupportedModelError,
+)
+from jaxembed.loading import Model, Placed, load
 from jaxembed.tokenizer import TokenIds, Tokenizer
-from jaxembed.types import Encoding
+from jaxembed.types import NO_TASK, Encoding
 
-__all__ = ["Embedder", "Inputs", "choose_prompt"]
+__all__ = ["Embedder", "Inputs", "choose_prompt", "task_number"]
 
 Inputs = str | Sequence[str] | TokenIds | Sequence[TokenIds]
+
+QUERY = ("query", "retrieval.query")
+DOCUMENT = ("document", "passage", "corpus", "retrieval.passage")
+"""Names under which models keep the prompts and tasks of the two sides of a search."""
 
 WINDOW = 4096
 """Inputs that are tokenised and planned together: enough that sorting by length pays, few enough to stay in memory."""
@@ -41,15 +53,20 @@ class Embedder:
         model: the loaded model.
         tokenizer: its tokenizer.
         engine: compiles and runs it.
+        routes: task ("query", "document") -> the Embedder that inputs of that task go to, where the model has a Router;
+            this one is then that of the default route.
 
     Attributes:
-        model, tokenizer, engine: as given.
+        model, tokenizer, engine, routes: as given.
     """
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, engine: Engine) -> None:
+    def __init__(
+        self, model: Model, tokenizer: Tokenizer, engine: Engine, routes: Mapping[str, "Embedder"] | None = None
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.engine = engine
+        self.routes = routes or {}
 
     @classmethod
     def from_pretrained(
@@ -79,16 +96,35 @@ class Embedder:
             ValueError: `dtype` or `max_length` is not possible.
         """
         checkpoint = Checkpoint.open(name, revision=revision)
-        model = load(checkpoint, dtype=dtype, mesh=mesh, max_length=max_length)
-        engine = Engine(model, ladder, max_batch_tokens=max_batch_tokens)
-        tokenizer = Tokenizer.from_folder(
-            checkpoint.folder,
-            vocab_size=model.config.vocab_size,
-            max_length=min(model.max_length, engine.ladder.max_length),
-            lowercase=checkpoint.lowercase,
-            measure_prompts=not checkpoint.pooling.include_prompt,
-        )
-        return cls(model, tokenizer, engine)
+        placed: Placed = {}
+
+        def one(part: Checkpoint) -> Embedder:
+            model = load(part, dtype=dtype, mesh=mesh, max_length=max_length, placed=placed)
+            engine = Engine(model, ladder, max_batch_tokens=max_batch_tokens)
+            tokenizer = Tokenizer.from_folder(
+                part.folder,
+                vocab_size=model.config.vocab_size,
+                max_length=min(model.max_length, engine.ladder.max_length),
+                lowercase=part.lowercase,
+                measure_prompts=part.pooling is not None and not part.pooling.include_prompt,
+                bare=not part.special_tokens,
+            )
+            return cls(model, tokenizer, engine)
+
+        if not checkpoint.routes:
+            return one(checkpoint)
+        # Tasks that share a route share its Embedder.
+        made: list[tuple[Checkpoint, Embedder]] = []
+        routes = {}
+        for task, part in checkpoint.routes.items():
+            found = next((embedder for known, embedder in made if known is part), None)
+            if found is None:
+                found = one(part)
+                made.append((part, found))
+            routes[task] = found
+        first = routes[checkpoint.default_route or next(iter(routes))]
+        model = replace(first.model, checkpoint=checkpoint)
+        return cls(model, first.tokenizer, first.engine, routes)
 
     @property
     def dimension(self) -> int:
@@ -131,6 +167,7 @@ class Embedder:
         normalize: bool | None = None,
         prompt_name: str | None = None,
         prompt: str | None = None,
+        task: str | None = None,
         truncate: bool = True,
         show_progress_bar: bool = False,
     ) -> npt.NDArray[np.float32]:
@@ -143,6 +180,8 @@ class Embedder:
             normalize: L2-normalise; by default if the model has a Normalize module.
             prompt_name: which of `prompts` to put before each text.
             prompt: a text to put before each text; wins over `prompt_name`. By default the model's default prompt.
+            task: which of the model's tasks, or routes, to use, such as "retrieval.query". By default the one that
+                has the prompt's name, else the model without any.
             truncate: cut over-long inputs to `max_length`; False raises.
             show_progress_bar: on standard error.
 
@@ -153,26 +192,43 @@ class Embedder:
         Raises:
             InputError: one of its kinds, naming the item; see `jaxembed.errors`.
         """
+        if self.routes:
+            route = self.routes.get(task if task is not None else self.model.checkpoint.default_route or "")
+            if route is None:
+                raise TaskNameError(task, sorted(self.routes))
+            return route.encode(
+                inputs,
+                dimensions=dimensions,
+                normalize=normalize,
+                prompt_name=prompt_name,
+                prompt=prompt,
+                truncate=truncate,
+                show_progress_bar=show_progress_bar,
+            )
+        if self.model.checkpoint.pooling is None:
+            raise UnsupportedModelError("this model gives no single vector for a text: it has no Pooling module")
         items, single = listed(inputs)
+        number = task_number(self.model.tasks, task, prompt_name)
         size = self._dimensions(dimensions)
         unit = self.model.checkpoint.normalize if normalize is None else normalize
         text = choose_prompt(self.model.checkpoint, prompt, prompt_name)
         limit = self.max_length if truncate else None
         result = np.empty((len(items), size), np.float32)
         with tqdm(total=len(items), desc="encoding", unit="text", disable=not show_progress_bar) as bar:
-            for start, encodings in self._tokenized(items, text, limit):
+            for start, encodings in self._tokenized(items, text, limit, number):
                 for owners, vectors in self._run(encodings, size, unit):
                     result[start + owners] = vectors[:, :size]
                     bar.update(len(owners))
         return result[0] if single else result
 
     def encode_query(self, inputs: Inputs, **options: Any) -> npt.NDArray[np.float32]:
-        """`encode` with the prompt named "query", if the model has one and no other is asked for."""
-        return self.encode(inputs, **self._with_prompt(("query",), options))
+        """`encode` with the prompt, task and route named "query", if the model has them and no other is asked for."""
+        return self.encode(inputs, **self._of_kind(QUERY, options))
 
     def encode_document(self, inputs: Inputs, **options: Any) -> npt.NDArray[np.float32]:
-        """`encode` with the first prompt there is of "document", "passage", "corpus", if no other is asked for."""
-        return self.encode(inputs, **self._with_prompt(("document", "passage", "corpus"), options))
+        """`encode` with the first prompt there is of "document", "passage", "corpus", and the task and route of that
+        kind, where the model has them and no other is asked for."""
+        return self.encode(inputs, **self._of_kind(DOCUMENT, options))
 
     def similarity(self, a: npt.ArrayLike, b: npt.ArrayLike) -> npt.NDArray[np.float32]:
         """How alike vectors are, by the model's own measure; larger is more alike.
@@ -205,21 +261,26 @@ class Embedder:
             raise DimensionsError(f"dimensions is {size}; allowed: 1 to {self.dimension}")
         return size
 
-    def _with_prompt(self, names: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
+    def _of_kind(self, names: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
+        """Options with the prompt and the task of a kind of input filled in, the first name that there is."""
+        options = dict(options)
         if options.get("prompt") is None and options.get("prompt_name") is None:
-            found = next((name for name in names if name in self.prompts), None)
-            return {**options, "prompt_name": found}
+            options["prompt_name"] = next((name for name in names if name in self.prompts), None)
+        if options.get("task") is None:
+            options["task"] = next((name for name in names if name in (*self.routes, *self.model.tasks)), None)
         return options
 
-    def _tokenized(self, items: Sequence[Any], prompt: str, limit: int | None) -> Iterator[tuple[int, list[Encoding]]]:
+    def _tokenized(
+        self, items: Sequence[Any], prompt: str, limit: int | None, task: int
+    ) -> Iterator[tuple[int, list[Encoding]]]:
         """(offset, Encodings) of each window; one window is tokenised ahead."""
 
         def tokenize(start: int) -> list[Encoding]:
             window = items[start : start + WINDOW]
             try:
                 if isinstance(window[0], str):
-                    return self.tokenizer.encode_texts(window, prompt=prompt, truncate_to=limit)
-                return self.tokenizer.encode_ids(window, truncate_to=limit)
+                    return self.tokenizer.encode_texts(window, prompt=prompt, truncate_to=limit, task=task)
+                return self.tokenizer.encode_ids(window, truncate_to=limit, task=task)
             except InputError as error:
                 raise moved(error, start) from None
 
@@ -267,6 +328,19 @@ def choose_prompt(checkpoint: Checkpoint, prompt: str | None, prompt_name: str |
     if name not in checkpoint.prompts:
         raise PromptNameError(name, sorted(checkpoint.prompts))
     return checkpoint.prompts[name]
+
+
+def task_number(tasks: Sequence[str], task: str | None, prompt_name: str | None) -> int:
+    """The number of the task asked for: `task`, else the one of the prompt's name, else `NO_TASK`.
+
+    Raises:
+        TaskNameError: the model has no task of this name.
+    """
+    if task is not None:
+        if task not in tasks:
+            raise TaskNameError(task, sorted(tasks))
+        return tasks.index(task)
+    return tasks.index(prompt_name) if prompt_name in tasks else NO_TASK
 
 
 def listed(inputs: Inputs) -> tuple[Sequence[Any], bool]:

@@ -6,7 +6,8 @@ JaxembedError
 │   ├── InputTooLongError              more tokens than the model takes, truncation not asked
 │   ├── TokenIdError                   a token id outside the vocabulary
 │   ├── DimensionsError                a number of dimensions the model does not allow
-│   └── PromptNameError                no such prompt
+│   ├── PromptNameError                no such prompt
+│   └── TaskNameError                  no such task or route
 ├── CheckpointError                  what stands on disk
 │   ├── CheckpointNotFoundError        no folder, package, cache entry or hub repository
 │   ├── PickledCheckpointError         weights only as a pickle, which may run code
@@ -37,6 +38,7 @@ __all__ = [
     "NonFiniteError",
     "PickledCheckpointError",
     "PromptNameError",
+    "TaskNameError",
     "TokenIdError",
     "UnsupportedModelError",
     "WeightsError",
@@ -109,6 +111,15 @@ class PromptNameError(InputError):
     def __init__(self, name: str, known: Sequence[str]) -> None:
         allowed = ", ".join(repr(k) for k in known) if known else "this model has no prompts"
         super().__init__(f"unknown prompt name {name!r}; known: {allowed}")
+
+
+class TaskNameError(InputError):
+    """The model has no task, or route, of this name."""
+
+    def __init__(self, name: str | None, known: Sequence[str]) -> None:
+        given = "a task must be named" if name is None else f"unknown task {name!r}"
+        allowed = ", ".join(repr(k) for k in known) if known else "this model has no tasks"
+        super().__init__(f"{given}; known: {allowed}")
 
 
 class CheckpointError(JaxembedError):

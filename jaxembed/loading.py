@@ -10,22 +10,21 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxembed.chain import Features, build_step, step_names, width_after
 from jaxembed.checkpoint import Checkpoint
 from jaxembed.layers import Tokens
 from jaxembed.models import architecture
-from jaxembed.pooling import finish, pool
+from jaxembed.modules import Module
+from jaxembed.pooling import finish
 from jaxembed.sharding import make_mesh
 from jaxembed.tensors import Tensors
-from jaxembed.types import Architecture
+from jaxembed.types import Architecture, Names
 from jaxembed.weights import Leaves, Structure, collect, place
 
-__all__ = ["DTYPES", "Model", "load"]
+__all__ = ["DTYPES", "Model", "Placed", "load"]
 
 DTYPES = ("float32", "bfloat16")
 """What the matrices may be held in. Norms, biases, softmax and pooling are float32 always."""
-
-DEFAULT_LENGTH = 512
-"""Tokens an input may have where neither the checkpoint nor the architecture says."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,9 +38,10 @@ class Model:
         dtype: of the matrices.
         mesh: where the weights lie.
         leaves: the arrays, in the order of `paths`.
-        dimension: D, the full size of a vector.
+        dimension: D, the full size of a vector; of a token's vector where texts get no single one.
         max_length: tokens an input may have.
-        structure: the module without its arrays.
+        tasks: names of the tasks that a row may ask for, in the order of their numbers.
+        parts: the encoder and the modules behind it, without their arrays.
     """
 
     checkpoint: Checkpoint
@@ -52,12 +52,13 @@ class Model:
     leaves: tuple[jax.Array, ...]
     dimension: int
     max_length: int
-    structure: "Structure"
+    tasks: tuple[str, ...]
+    parts: tuple["Part", ...]
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The name of each parameter, such as "layers.0.query.kernel"."""
-        return self.structure.paths
+        """The name of each parameter, such as "layers.0.query.kernel" or "2_Dense.linear.kernel"."""
+        return tuple(part.prefix + path for part in self.parts for path in part.structure.paths)
 
     @property
     def params(self) -> dict[str, jax.Array]:
@@ -65,8 +66,25 @@ class Model:
         return dict(zip(self.paths, self.leaves, strict=True))
 
     def encoder(self, leaves: Leaves) -> Any:
-        """The NNX module with these weights. For use inside a traced function."""
-        return self.structure.merge(leaves)
+        """The encoder's NNX module with these weights. For use inside a traced function."""
+        return self.chain(leaves)[0]
+
+    def chain(self, leaves: Leaves) -> list[Any]:
+        """The encoder and the steps behind it, with these weights. For use inside a traced function."""
+        modules, start = [], 0
+        for part in self.parts:
+            end = start + len(part.structure.paths)
+            modules.append(part.structure.merge(leaves[start:end]))
+            start = end
+        return modules
+
+    def features(self, leaves: Leaves, tokens: Tokens, prompt_lengths: Int[Array, " B"]) -> Features:
+        """Encoder and steps: hidden states, token vectors and, where there is Pooling, one vector a text."""
+        encoder, *steps = self.chain(leaves)
+        features = Features(tuple(encoder.hidden_states(tokens)), tokens, prompt_lengths)
+        for step in steps:
+            features = step(features)
+        return features
 
     def embed(
         self,
@@ -76,7 +94,7 @@ class Model:
         dimensions: Int[Array, " B"],
         normalize: Bool[Array, " B"],
     ) -> Float[Array, "B P"]:
-        """Encoder, pooling, matryoshka, norm. Pure and traceable; the arguments are those of `types.Batch`.
+        """Encoder, steps, matryoshka, norm. Pure and traceable; the arguments are those of `types.Batch`.
 
         Args:
             leaves: the weights, in the order of `paths`.
@@ -88,8 +106,7 @@ class Model:
         Returns:
             float32; P is `dimension`.
         """
-        hidden = self.encoder(leaves).hidden_states(tokens)[-1]
-        return finish(pool(hidden, tokens.mask, prompt_lengths, self.checkpoint.pooling), dimensions, normalize)
+        return finish(self.features(leaves, tokens, prompt_lengths).pooled, dimensions, normalize)
 
     def apply(
         self,
@@ -119,6 +136,27 @@ class Model:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One module of a model: its structure, and where its weights stand.
+
+    Attributes:
+        prefix: stands before the names of its parameters.
+        structure: the module without its arrays.
+        names: what the checkpoint calls its parameters; None for a module without any.
+        folder: holds them.
+    """
+
+    prefix: str
+    structure: Structure
+    names: Names | None
+    folder: Path
+
+
+Placed = dict[tuple[Path, str], jax.Array]
+"""Arrays that are on the devices already, by folder and parameter."""
+
+
 def load(
     name: str | Path | Checkpoint,
     *,
@@ -126,6 +164,7 @@ def load(
     mesh: Mesh | None = None,
     max_length: int | None = None,
     revision: str | None = None,
+    placed: Placed | None = None,
 ) -> Model:
     """Load a checkpoint onto a mesh.
 
@@ -135,6 +174,7 @@ def load(
         mesh: from `make_mesh`; by default over all devices.
         max_length: tokens an input may have, in place of the checkpoint's own number.
         revision: branch, tag or commit on the hub.
+        placed: arrays of another route of the same checkpoint, which are not loaded again; this one's are added.
 
     Raises:
         CheckpointError: one of its kinds; see `errors`.
@@ -148,24 +188,43 @@ def load(
     # An explicit request may exceed the checkpoint's own limit, never the model's positions.
     longest = config.max_length
     known = [n for n in (checkpoint.max_length, longest) if n is not None]
-    chosen = max_length if max_length is not None else min(known, default=DEFAULT_LENGTH)
+    chosen = max_length if max_length is not None else min(known, default=arch.default_length)
     if chosen < 1 or (longest is not None and chosen > longest):
         raise ValueError(f"max_length is {chosen}; allowed: " + (f"1 to {longest}" if longest else "at least 1"))
     mesh = make_mesh() if mesh is None else mesh
-    structure = Structure(lambda: arch.build(config, dtype))
-    arrays = collect(arch, structure, Tensors(checkpoint.folder))
-    leaves = tuple(
-        place(array, wanted, mesh, axes)
-        for array, wanted, axes in zip(arrays, structure.dtypes, structure.axes, strict=True)
-    )
+    parts = [Part("", Structure(lambda: arch.build(config, dtype)), arch, checkpoint.folder)]
+    dimension = config.hidden_size
+    for spec in checkpoint.modules:
+        dimension = width_after(spec, dimension, layers=getattr(config, "num_hidden_layers", 0))
+        parts.append(part_of(spec, dtype, checkpoint.folder))
     return Model(
         checkpoint=checkpoint,
         architecture=arch,
         config=config,
         dtype=dtype,
         mesh=mesh,
-        leaves=leaves,
-        dimension=config.hidden_size * len(checkpoint.pooling.modes),
+        leaves=tuple(leaf for part in parts for leaf in leaves_of(part, mesh, {} if placed is None else placed)),
+        dimension=dimension,
         max_length=chosen,
-        structure=structure,
+        tasks=tuple(arch.tasks(checkpoint.config)),
+        parts=tuple(parts),
     )
+
+
+def part_of(spec: Module, dtype: str, folder: Path) -> Part:
+    """The step that a description asks for; its parameters are named by its folder."""
+    folder = getattr(spec, "folder", folder)
+    return Part(f"{folder.name}.", Structure(lambda: build_step(spec, dtype)), step_names(spec), folder)
+
+
+def leaves_of(part: Part, mesh: Mesh, placed: Placed) -> list[jax.Array]:
+    """A part's arrays on the mesh: those that are there already, or else read from its folder."""
+    if part.names is None:
+        return []
+    structure = part.structure
+    keys = [(part.folder, path) for path in structure.paths]
+    if not all(key in placed for key in keys):
+        arrays = collect(part.names, structure, Tensors(part.folder))
+        for key, array, wanted, axes in zip(keys, arrays, structure.dtypes, structure.axes, strict=True):
+            placed[key] = place(array, wanted, mesh, axes)
+    return [placed[key] for key in keys]

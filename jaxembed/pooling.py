@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxembed.types import Pooling, PoolingMode
 
-__all__ = ["finish", "pool"]
+__all__ = ["finish", "pool", "unit"]
 
 Tokens = Float[Array, "B T D"]
 Mask = Bool[Array, "B T"]
@@ -107,6 +107,10 @@ def finish(
     """
     inside = jnp.arange(vectors.shape[1], dtype=jnp.int32)[None, :] < dimensions[:, None]
     cut = jnp.where(inside, vectors, 0.0)
+    return jnp.where(normalize[:, None], unit(cut), cut)
+
+
+def unit(x: Float[Array, "*shape D"]) -> Float[Array, "*shape D"]:
+    """x / max(L2 norm, 1e-12) over the last axis."""
     # The maximum stands inside the root, so that the gradient of a zero vector is 0 and not NaN.
-    norm = jnp.sqrt(jnp.maximum(jnp.sum(cut * cut, axis=1, keepdims=True), EPS_NORM**2))
-    return jnp.where(normalize[:, None], cut / norm, cut)
+    return x / jnp.sqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), EPS_NORM**2))

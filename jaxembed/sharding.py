@@ -21,6 +21,9 @@ AXES: Mapping[str, str | None] = {
     "embed": None,
     "head_dim": None,
     "label": None,
+    "layer": None,
+    "adapter": None,
+    "rank": None,
     "heads": MODEL,
     "mlp": MODEL,
 }

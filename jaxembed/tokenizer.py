@@ -17,7 +17,7 @@ from jaxembed.errors import (
     InputTypeError,
     TokenIdError,
 )
-from jaxembed.types import Encoding
+from jaxembed.types import NO_TASK, Encoding
 
 __all__ = ["TokenIds", "Tokenizer", "TruncationSide"]
 
@@ -40,6 +40,7 @@ class Tokenizer:
         vocab_size: rows of the model's embedding table: valid token ids are 0 to vocab_size - 1.
         max_length: tokens the model takes, special tokens included.
         measure_prompts: fill `Encoding.prompt_length` (the model's pooling says `include_prompt: false`).
+        bare: put no special tokens around a text, whatever is asked for (static embeddings).
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Tokenizer:
         vocab_size: int,
         max_length: int,
         measure_prompts: bool = False,
+        bare: bool = False,
     ) -> None:
         backend.no_padding()
         backend.no_truncation()
@@ -58,20 +60,29 @@ class Tokenizer:
         self.vocab_size = vocab_size
         self.max_length = max_length
         self._measure_prompts = measure_prompts
-        mask = backend.encode("a").special_tokens_mask
+        self._bare = bare
+        mask = backend.encode("a", add_special_tokens=not bare).special_tokens_mask
         self._prefix = next((i for i, special in enumerate(mask) if not special), len(mask))
         self._suffix = next((i for i, special in enumerate(reversed(mask)) if not special), 0)
         self._prompt_length = lru_cache(maxsize=256)(self._count_prompt)
 
     @classmethod
     def from_folder(
-        cls, folder: Path, *, vocab_size: int, max_length: int, lowercase: bool = False, measure_prompts: bool = False
+        cls,
+        folder: Path,
+        *,
+        vocab_size: int,
+        max_length: int,
+        lowercase: bool = False,
+        measure_prompts: bool = False,
+        bare: bool = False,
     ) -> "Tokenizer":
         """Load the tokenizer of a checkpoint as transformers does.
 
         Args:
             folder: the checkpoint's.
-            vocab_size, max_length, measure_prompts: see the class.
+            vocab_size, max_length, measure_prompts, bare: see the class. The folder of a bare one holds tokenizer.json
+                and maybe nothing else.
             lowercase: lowercase every text first (sentence-transformers' `do_lower_case`).
 
         Raises:
@@ -80,10 +91,15 @@ class Tokenizer:
         # It warns at import that there is no torch, as if that were a fault.
         logging.getLogger("transformers").addFilter(not_about_torch)
         # Imported here: half a second that only a loaded model needs.
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         try:
-            loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            loaded: Any
+            if bare:
+                fast: Any = PreTrainedTokenizerFast
+                loaded = fast(tokenizer_file=str(folder / "tokenizer.json"))
+            else:
+                loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # The tokenizers package raises no narrower class for a malformed file.
             raise CorruptCheckpointError(f"cannot load a tokenizer from {folder}: {error}") from error
         backend = loaded.backend_tokenizer
@@ -98,6 +114,7 @@ class Tokenizer:
             vocab_size=vocab_size,
             max_length=max_length,
             measure_prompts=measure_prompts,
+            bare=bare,
         )
 
     @property
@@ -113,6 +130,7 @@ class Tokenizer:
         add_special_tokens: bool = True,
         truncate_to: int | None = None,
         side: TruncationSide = TruncationSide.RIGHT,
+        task: int = NO_TASK,
     ) -> list[Encoding]:
         """Tokenise texts, `prompt` put before each.
 
@@ -122,6 +140,7 @@ class Tokenizer:
             add_special_tokens: put the model's special tokens around each text.
             truncate_to: cut to this many tokens, special tokens counted and kept; None refuses over-long texts.
             side: which end is cut.
+            task: `Encoding.task` of each.
 
         Returns:
             n Encodings, in order.
@@ -132,6 +151,7 @@ class Tokenizer:
             InputError: `truncate_to` is out of range.
         """
         self._check_truncation(truncate_to)
+        add_special_tokens = add_special_tokens and not self._bare
         if not all(isinstance(text, str) for text in texts):
             raise unreadable(texts)
         prepared = [prompt + text if prompt else text for text in texts]
@@ -152,7 +172,7 @@ class Tokenizer:
             # A cut on the left takes the prompt's tokens first, after the leading special ones.
             gone = len(whole) - len(ids) if side is TruncationSide.LEFT else 0
             left = max(prompt_length - gone, min(prefix, prompt_length))
-            encodings.append(Encoding(ids, min(left, len(ids))))
+            encodings.append(Encoding(ids, min(left, len(ids)), task=task))
         return encodings
 
     def encode_ids(
@@ -161,6 +181,7 @@ class Tokenizer:
         *,
         truncate_to: int | None = None,
         side: TruncationSide = TruncationSide.RIGHT,
+        task: int = NO_TASK,
     ) -> list[Encoding]:
         """Take token ids exactly as given: no special tokens are added, and a cut is a plain slice.
 
@@ -168,6 +189,7 @@ class Tokenizer:
             inputs: n sequences of token ids.
             truncate_to: cut to this many tokens; None refuses over-long inputs.
             side: which end is cut.
+            task: `Encoding.task` of each.
 
         Returns:
             n Encodings, in order.
@@ -180,7 +202,7 @@ class Tokenizer:
         """
         self._check_truncation(truncate_to)
         return [
-            Encoding(self._fit(self._check_ids(ids, index), index, truncate_to, side, 0, 0))
+            Encoding(self._fit(self._check_ids(ids, index), index, truncate_to, side, 0, 0), task=task)
             for index, ids in enumerate(inputs)
         ]
 

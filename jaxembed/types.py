@@ -35,11 +35,13 @@ class Encoding:
         ids: token ids, int32 [T], special tokens included.
         prompt_length: leading tokens that pooling leaves out (0 unless the model says `include_prompt: false`).
         second_start: where the second text of a pair begins; 0 where there is only one.
+        task: which of the model's tasks it asks for; `NO_TASK` for none.
     """
 
     ids: Int32
     prompt_length: int = 0
     second_start: int = 0
+    task: int = NO_TASK
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -177,12 +179,14 @@ class Architecture(Names):
         config: config.json as a dict -> this architecture's Config; raises UnsupportedModelError.
         build: (Config, matmul dtype name) -> the NNX module, with `hidden_states(tokens)`.
         tasks: (config.json) -> names of the tasks among which each row may choose, as of task adapters.
+        default_length: tokens an input may have where neither the checkpoint nor the positions say.
     """
 
     model_type: str
     config: Callable[[Mapping[str, Any]], Any]
     build: Callable[[Any, str], Any]
     tasks: Callable[[Mapping[str, Any]], Sequence[str]] = field(default=no_tasks)
+    default_length: int = 512
 
     @property
     def where(self) -> str:

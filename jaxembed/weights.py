@@ -58,7 +58,7 @@ def collect(names: Names, structure: Structure, tensors: Tensors) -> list[npt.ND
     arrays: list[npt.NDArray[Any]] = []
     missing, misshapen, integers, unfinite = [], [], [], []
     used: set[str] = set()
-    for path, weight, shape in zip(structure.paths, wanted, structure.shapes, strict=True):
+    for path, weight, shape, dtype in zip(structure.paths, wanted, structure.shapes, structure.dtypes, strict=True):
         # A head stands beside the encoder, without the encoder's prefix.
         name = next((n for n in (prefix + weight.name, weight.name) if n in keys), None)
         if name is None:
@@ -71,7 +71,7 @@ def collect(names: Names, structure: Structure, tensors: Tensors) -> list[npt.ND
         if array is None or array.shape != shape:
             misshapen.append(f"{key} has the shape {stored.shape}; as {path} it must give {shape}")
             continue
-        if stored.dtype.kind in "iub":
+        if stored.dtype.kind in "iub" and dtype.kind not in "iu":
             integers.append(f"{key} holds {stored.dtype}, as a quantised model does")
         elif not np.isfinite(array).all():
             unfinite.append(f"{key} holds NaN or Inf")
@@ -123,15 +123,20 @@ def best_names(names: Names, structure: Structure, keys: Mapping[str, str]) -> t
 
 
 def checkpoint_name(names: Names, table: Weights, path: str) -> Weight:
-    """Where a table says that a parameter stands; the layer's number goes from our path into its name."""
-    number = re.search(r"\.(\d+)\.", path)
-    n = number.group(1) if number else ""
-    template = re.sub(r"\.\d+\.", ".{n}.", path, count=1)
+    """Where a table says that a parameter stands; the numbers in our path, {n} and {m}, go into its name."""
+    number = r"(?<=\.)\d+(?=\.)"
+    numbers = dict(zip(("{n}", "{m}"), re.findall(number, path), strict=False))
+    template = path
+    for mark in numbers:
+        template = re.sub(number, mark, template, count=1)
     try:
         weight = table[template]
     except KeyError:
         raise UnsupportedModelError(f"{names.where}: WEIGHTS has no line for {template!r}") from None
-    return weight._replace(name=weight.name.replace("{n}", n))
+    name = weight.name
+    for mark, value in numbers.items():
+        name = name.replace(mark, value)
+    return weight._replace(name=name)
 
 
 def laid_out(stored: npt.NDArray[Any], weight: Weight) -> npt.NDArray[Any] | None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from jaxembed.checkpoint import DEFAULT_MODEL, Checkpoint, read_pooling, resolve
+from jaxembed.checkpoint import DEFAULT_MODEL, Checkpoint, resolve
 from jaxembed.errors import CheckpointNotFoundError, CorruptCheckpointError, UnsupportedModelError
+from jaxembed.modules import read_pooling
 from jaxembed.types import Pooling, PoolingMode
 
 OLD = "sentence_transformers.models.{}"
@@ -91,30 +92,36 @@ def test_modules_go_by_their_index_and_paths(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "chain",
+    ("chain", "message"),
     [
-        ("Transformer", "Pooling", "Dense"),
-        ("Transformer", "Pooling", "Normalize", "Dense"),
-        ("Transformer", "Pooling", "Normalize", "Pooling"),
-        ("Transformer", "WeightedLayerPooling", "Pooling"),
-        ("Transformer", "Pooling", "LayerNorm"),
-        ("Transformer", "Router"),
+        (("Transformer", "Pooling", "Fantasy"), "the module 'Fantasy' .* supported: Dense"),
+        (("Transformer", "CNN", "Pooling"), "the module 'CNN' .* is not supported"),
+        (("Transformer", "LSTM", "Pooling"), "the module 'LSTM' .* is not supported"),
+        (("Transformer", "Pooling", "Normalize", "Pooling"), "'Pooling' .* cannot stand behind Pooling"),
+        (("Transformer", "Pooling", "WeightedLayerPooling"), "'WeightedLayerPooling' .* cannot stand behind Pooling"),
+        (("Transformer", "LayerNorm"), "'LayerNorm' .* cannot stand before Pooling"),
+        (("Transformer", "Router", "Router"), "2 Router modules"),
     ],
 )
-def test_a_module_that_is_not_implemented_is_named(tmp_path: Path, chain: tuple[str, ...]) -> None:
+def test_a_module_that_is_not_implemented_is_named(tmp_path: Path, chain: tuple[str, ...], message: str) -> None:
     """Leaving one out would give a vector of the right shape and the wrong values."""
-    files = {f"{i}_{kind}/config.json": {"pooling_mode": "mean"} for i, kind in enumerate(chain) if i}
+    files = {
+        f"{i}_{kind}/config.json": {"dimension": 8} if kind == "LayerNorm" else {"pooling_mode": "mean"}
+        for i, kind in enumerate(chain)
+        if i
+    }
     folder = write(tmp_path, {"modules.json": modules(*chain), "config.json": CONFIG, **files})
-    wrong = chain[-1] if "WeightedLayerPooling" not in chain else "WeightedLayerPooling"
-    with pytest.raises(UnsupportedModelError, match=f"the module '{wrong}' .* supported: Transformer, Pooling"):
+    with pytest.raises(UnsupportedModelError, match=message):
         Checkpoint.open(folder)
 
 
-@pytest.mark.parametrize("chain", [("StaticEmbedding", "Normalize"), ("CLIPModel",), ()])
-def test_models_that_begin_otherwise(tmp_path: Path, chain: tuple[str, ...]) -> None:
-    """No transformer, no model."""
-    folder = write(tmp_path, {"modules.json": modules(*chain), "config.json": CONFIG})
-    with pytest.raises(UnsupportedModelError, match=f"begins with {chain[0] if chain else 'nothing'}"):
+def test_models_that_begin_otherwise(tmp_path: Path) -> None:
+    """No encoder, no model."""
+    folder = write(tmp_path, {"modules.json": modules("CLIPModel"), "config.json": CONFIG})
+    with pytest.raises(UnsupportedModelError, match="begins with CLIPModel; supported: MLMTransformer"):
+        Checkpoint.open(folder)
+    write(folder, {"modules.json": []})
+    with pytest.raises(CorruptCheckpointError, match="lists no modules"):
         Checkpoint.open(folder)
 
 
@@ -132,32 +139,34 @@ LEGACY = {
 def test_old_pooling_booleans(key: str) -> None:
     """One of them true, the others written out as false."""
     config = {"word_embedding_dimension": 8, **dict.fromkeys(LEGACY, False), key: True}
-    assert read_pooling(config) == Pooling((LEGACY[key],))
+    assert read_pooling(config, Path()) == Pooling((LEGACY[key],))
 
 
 def test_old_pooling_concatenates_in_its_own_order() -> None:
     """Whatever order the file has them in."""
-    assert read_pooling(dict.fromkeys(reversed(LEGACY), True)) == Pooling(tuple(LEGACY.values()))
+    assert read_pooling(dict.fromkeys(reversed(LEGACY), True), Path()) == Pooling(tuple(LEGACY.values()))
     config = {"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": True}
-    assert read_pooling(config).modes == (PoolingMode.MEAN, PoolingMode.LAST_TOKEN)
+    assert read_pooling(config, Path()).modes == (PoolingMode.MEAN, PoolingMode.LAST_TOKEN)
 
 
 def test_old_pooling_with_nothing_true_is_mean() -> None:
     """As sentence-transformers reads it."""
-    assert read_pooling(dict.fromkeys(LEGACY, False)) == read_pooling({}) == Pooling((PoolingMode.MEAN,))
+    assert (
+        read_pooling(dict.fromkeys(LEGACY, False), Path()) == read_pooling({}, Path()) == Pooling((PoolingMode.MEAN,))
+    )
 
 
 @pytest.mark.parametrize("mode", PoolingMode)
 def test_new_pooling_mode(mode: PoolingMode) -> None:
     """A string, or a list of one; it wins over booleans left beside it."""
-    assert read_pooling({"pooling_mode": mode.value}) == Pooling((mode,))
-    assert read_pooling({"pooling_mode": [mode.value]}) == Pooling((mode,))
-    assert read_pooling({"pooling_mode": mode.value, "pooling_mode_cls_token": True}) == Pooling((mode,))
+    assert read_pooling({"pooling_mode": mode.value}, Path()) == Pooling((mode,))
+    assert read_pooling({"pooling_mode": [mode.value]}, Path()) == Pooling((mode,))
+    assert read_pooling({"pooling_mode": mode.value, "pooling_mode_cls_token": True}, Path()) == Pooling((mode,))
 
 
 def test_new_pooling_concatenates_as_written() -> None:
     """A list is in the order of the concatenation."""
-    found = read_pooling({"pooling_mode": ["mean", "cls", "max"], "include_prompt": False})
+    found = read_pooling({"pooling_mode": ["mean", "cls", "max"], "include_prompt": False}, Path())
     assert found == Pooling((PoolingMode.MEAN, PoolingMode.CLS, PoolingMode.MAX), include_prompt=False)
 
 
@@ -165,7 +174,7 @@ def test_new_pooling_concatenates_as_written() -> None:
 def test_an_unknown_pooling_mode(mode: Any) -> None:
     """Named, with the list of those there are."""
     with pytest.raises(UnsupportedModelError, match=r"pooling_mode is .*; supported: cls, max, mean"):
-        read_pooling({"pooling_mode": mode})
+        read_pooling({"pooling_mode": mode}, Path())
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet"])
@@ -226,7 +235,8 @@ def test_nulls_mean_absent(tmp_path: Path) -> None:
     keys = ("prompts", "default_prompt_name", "similarity_fn_name", "truncate_dim")
     extra = dict.fromkeys(keys)
     folder = write(tmp_path, {"config.json": CONFIG, "config_sentence_transformers.json": extra})
-    assert Checkpoint.open(folder) == Checkpoint(name=str(tmp_path), folder=tmp_path, config=CONFIG, max_length=512)
+    plain = Checkpoint(name=str(tmp_path), folder=tmp_path, config=CONFIG, max_length=512, extra=extra)
+    assert Checkpoint.open(folder) == plain
 
 
 def test_a_default_prompt_that_is_not_there(tmp_path: Path) -> None:
