@@ -14,7 +14,7 @@ from jaxembed.blocks import linear_weights, norm_weights
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.layers import LayerNorm, Linear, Tokens, activation, parameter
 from jaxembed.pooling import pool, unit
-from jaxembed.types import Names, Pooling, Weight
+from jaxembed.types import Names, Pooling, SpladePooling, Weight
 
 __all__ = ["Features", "build_step", "step_names", "width_after"]
 
@@ -131,6 +131,8 @@ def build_step(spec: modules.Module, dtype: str) -> Any:
             return LayersStep(spec)
         case modules.Normalize():
             return NormalizeStep(spec)
+        case SpladePooling():
+            raise TypeError("sparse vectors do not go along the chain")
 
 
 def step_names(spec: modules.Module) -> Names | None:

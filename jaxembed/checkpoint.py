@@ -14,7 +14,7 @@ from typing import Any
 from jaxembed.errors import CheckpointNotFoundError, CorruptCheckpointError, UnsupportedModelError
 from jaxembed.modules import Entry, Module, Normalize, Route, read_json, read_modules, read_routes
 from jaxembed.tensors import Tensors
-from jaxembed.types import Pooling
+from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION, Pooling, SpladePooling
 
 __all__ = ["DEFAULT_MODEL", "PACKAGED", "Checkpoint", "resolve"]
 
@@ -33,8 +33,8 @@ NO_LIMIT = 10**9
 ENCODERS = ("MLMTransformer", "StaticEmbedding", "Transformer")
 """The modules that a chain may begin with."""
 
-HEADS = {"ForMaskedLM": "fill-mask", "ForSequenceClassification": "sequence-classification"}
-"""Ending of a class in config.json's `architectures` -> Hugging Face's name of the task."""
+HEADS = {"ForMaskedLM": FILL_MASK, "ForSequenceClassification": SEQUENCE_CLASSIFICATION}
+"""Ending of a class in config.json's `architectures` -> the task."""
 
 SENTENCE_CONFIGS = tuple(
     f"sentence_{kind}_config.json"
@@ -52,8 +52,7 @@ class Checkpoint:
         config: config.json.
         modules: what follows the encoder, but for a Normalize at the end.
         normalize: whether a Normalize module ends the chain.
-        head: what the encoder has on top of its hidden states ("sequence-classification", "fill-mask"), by the names
-            of Hugging Face's tasks; None for nothing.
+        head: the task that the encoder has a head for (`FILL_MASK`, `SEQUENCE_CLASSIFICATION`); None for none.
         special_tokens: whether the model's special tokens stand around a text.
         max_length: tokens an input may have, special tokens included; None when no file says.
         lowercase: lowercase texts before tokenising (`do_lower_case`).
@@ -153,6 +152,11 @@ class Checkpoint:
         )
 
     @property
+    def splade(self) -> SpladePooling | None:
+        """The SpladePooling module; None where there is none."""
+        return next((module for module in self.modules if isinstance(module, SpladePooling)), None)
+
+    @property
     def pooling(self) -> Pooling | None:
         """The Pooling module; None where texts get no single vector."""
         return next((module for module in self.modules if isinstance(module, Pooling)), None)
@@ -242,7 +246,7 @@ def read_head(kind: str, settings: Mapping[str, Any], config: Mapping[str, Any],
     Raises:
         UnsupportedModelError: a task that is not implemented.
     """
-    task = settings.get("transformer_task", "fill-mask" if kind == "MLMTransformer" else None)
+    task = settings.get("transformer_task", FILL_MASK if kind == "MLMTransformer" else None)
     if task == "feature-extraction":
         return None
     if task is not None:

@@ -1,15 +1,11 @@
 """The facade: Embedder.from_pretrained(...).encode(...). What scripts and notebooks use; it knows nothing of HTTP.
 
-1. The inputs are taken in windows, so that memory does not grow with their number beyond the result itself.
-2. `tokenizer` turns a window into Encodings; the next window is tokenised while this one runs.
-3. `buckets` plans the window into Batches, longest rows first.
-4. `engine` runs them; a shape that is met for the first time is compiled then (a server compiles all of them ahead).
-5. Rows go to their places in the result by the owner index that travels in the Batch.
+It says what is asked of the model; `runner` has the way of the inputs through tokenizer, plan and engine.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +15,20 @@ import numpy.typing as npt
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxembed.buckets import Ladder, Row, pack
+from jaxembed.buckets import Ladder
 from jaxembed.checkpoint import Checkpoint
 from jaxembed.engine import Engine
 from jaxembed.errors import (
     DimensionsError,
-    InputError,
     InputTypeError,
     PromptNameError,
     TaskNameError,
     UnsupportedModelError,
 )
 from jaxembed.loading import Model, Placed, load
+from jaxembed.runner import Runner
 from jaxembed.tokenizer import TokenIds, Tokenizer
-from jaxembed.types import NO_TASK, Encoding
+from jaxembed.types import NO_TASK, Encoding, Output
 
 __all__ = ["Embedder", "Inputs", "choose_prompt", "task_number"]
 
@@ -42,9 +38,6 @@ QUERY = ("query", "retrieval.query")
 DOCUMENT = ("document", "passage", "corpus", "retrieval.passage")
 """Names under which models keep the prompts and tasks of the two sides of a search."""
 
-WINDOW = 4096
-"""Inputs that are tokenised and planned together: enough that sorting by length pays, few enough to stay in memory."""
-
 
 class Embedder:
     """A model that turns texts into vectors.
@@ -52,7 +45,7 @@ class Embedder:
     Args:
         model: the loaded model.
         tokenizer: its tokenizer.
-        engine: compiles and runs it.
+        engine: compiles and runs it, for what the model gives first of all.
         routes: task ("query", "document") -> the Embedder that inputs of that task go to, where the model has a Router;
             this one is then that of the default route.
 
@@ -67,6 +60,7 @@ class Embedder:
         self.tokenizer = tokenizer
         self.engine = engine
         self.routes = routes or {}
+        self._runner = Runner(model, tokenizer, engine)
 
     @classmethod
     def from_pretrained(
@@ -100,7 +94,8 @@ class Embedder:
 
         def one(part: Checkpoint) -> Embedder:
             model = load(part, dtype=dtype, mesh=mesh, max_length=max_length, placed=placed)
-            engine = Engine(model, ladder, max_batch_tokens=max_batch_tokens)
+            output = next(output for output in Output if output in model.outputs)
+            engine = Engine(model, ladder, max_batch_tokens=max_batch_tokens, output=output)
             tokenizer = Tokenizer.from_folder(
                 part.folder,
                 vocab_size=model.config.vocab_size,
@@ -205,20 +200,15 @@ class Embedder:
                 truncate=truncate,
                 show_progress_bar=show_progress_bar,
             )
-        if self.model.checkpoint.pooling is None:
-            raise UnsupportedModelError("this model gives no single vector for a text: it has no Pooling module")
         items, single = listed(inputs)
-        number = task_number(self.model.tasks, task, prompt_name)
         size = self._dimensions(dimensions)
-        unit = self.model.checkpoint.normalize if normalize is None else normalize
-        text = choose_prompt(self.model.checkpoint, prompt, prompt_name)
-        limit = self.max_length if truncate else None
+        tokenize = self._tokenize(items, prompt, prompt_name, task, truncate=truncate)
         result = np.empty((len(items), size), np.float32)
+        unit = self.model.checkpoint.normalize if normalize is None else normalize
         with tqdm(total=len(items), desc="encoding", unit="text", disable=not show_progress_bar) as bar:
-            for start, encodings in self._tokenized(items, text, limit, number):
-                for owners, vectors in self._run(encodings, size, unit):
-                    result[start + owners] = vectors[:, :size]
-                    bar.update(len(owners))
+            for done in self._runner.run(Output.DENSE, items, tokenize, dimensions=size, normalize=unit):
+                result[done.items] = done.rows[:, :size]
+                bar.update(len(done.items))
         return result[0] if single else result
 
     def encode_query(self, inputs: Inputs, **options: Any) -> npt.NDArray[np.float32]:
@@ -261,6 +251,17 @@ class Embedder:
             raise DimensionsError(f"dimensions is {size}; allowed: 1 to {self.dimension}")
         return size
 
+    def _tokenize(
+        self, items: Sequence[Any], prompt: str | None, prompt_name: str | None, task: str | None, *, truncate: bool
+    ) -> Callable[[Sequence[Any]], list[Encoding]]:
+        """What makes Encodings of a window of the inputs."""
+        text = choose_prompt(self.model.checkpoint, prompt, prompt_name)
+        number = task_number(self.model.tasks, task, prompt_name)
+        limit = self.max_length if truncate else None
+        if items and isinstance(items[0], str):
+            return partial(self.tokenizer.encode_texts, prompt=text, truncate_to=limit, task=number)
+        return partial(self.tokenizer.encode_ids, truncate_to=limit, task=number)
+
     def _of_kind(self, names: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
         """Options with the prompt and the task of a kind of input filled in, the first name that there is."""
         options = dict(options)
@@ -269,49 +270,6 @@ class Embedder:
         if options.get("task") is None:
             options["task"] = next((name for name in names if name in (*self.routes, *self.model.tasks)), None)
         return options
-
-    def _tokenized(
-        self, items: Sequence[Any], prompt: str, limit: int | None, task: int
-    ) -> Iterator[tuple[int, list[Encoding]]]:
-        """(offset, Encodings) of each window; one window is tokenised ahead."""
-
-        def tokenize(start: int) -> list[Encoding]:
-            window = items[start : start + WINDOW]
-            try:
-                if isinstance(window[0], str):
-                    return self.tokenizer.encode_texts(window, prompt=prompt, truncate_to=limit, task=task)
-                return self.tokenizer.encode_ids(window, truncate_to=limit, task=task)
-            except InputError as error:
-                raise moved(error, start) from None
-
-        starts = range(0, len(items), WINDOW)
-        if len(starts) <= 1:
-            # No thread for what has no next window: starting one takes longer than tokenising a query.
-            yield from ((start, tokenize(start)) for start in starts)
-            return
-        with ThreadPoolExecutor(1, thread_name_prefix="tokenize") as pool:
-            ahead = pool.submit(tokenize, 0)
-            for start in starts:
-                encodings = ahead.result()
-                if start + WINDOW < len(items):
-                    ahead = pool.submit(tokenize, start + WINDOW)
-                yield start, encodings
-
-    def _run(
-        self, encodings: Sequence[Encoding], size: int, unit: bool
-    ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
-        """(owners [n], vectors [n, D]) of each batch; on accelerators one batch is dispatched ahead."""
-        engine = self.engine
-        waiting: list[tuple[jax.Array, Any]] = []
-        for plan in engine.ladder.plan([len(one) for one in encodings]):
-            batch = pack(plan.bucket, [Row(encodings[item], size, unit, item) for item in plan.items])
-            engine.compile(batch.bucket)
-            waiting.append((engine.dispatch(batch), batch))
-            if len(waiting) >= engine.max_in_flight:
-                result, finished = waiting.pop(0)
-                yield finished.owners, engine.fetch(result, finished)
-        for result, finished in waiting:
-            yield finished.owners, engine.fetch(result, finished)
 
 
 def choose_prompt(checkpoint: Checkpoint, prompt: str | None, prompt_name: str | None) -> str:
@@ -363,15 +321,6 @@ def listed(inputs: Inputs) -> tuple[Sequence[Any], bool]:
             wanted = "a string" if texts else "a list of token ids"
             raise InputTypeError(f"input[{index}] must be {wanted}, not {type(item).__name__}", index=index)
     return inputs, False
-
-
-def moved(error: InputError, start: int) -> InputError:
-    """The same error, its item counted from the start of the whole input in place of the window's."""
-    if error.index is not None and start:
-        message = str(error).replace(f"input[{error.index}]", f"input[{error.index + start}]", 1)
-        error.args = (message,)
-        error.index += start
-    return error
 
 
 def unit_rows(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -21,7 +21,7 @@ from jaxembed.errors import BucketError
 from jaxembed.layers import Tokens
 from jaxembed.loading import Model
 from jaxembed.sharding import DATA, batch_sharding
-from jaxembed.types import NO_TASK, Batch, Bucket
+from jaxembed.types import NO_TASK, Batch, Bucket, Output
 
 __all__ = ["MAX_BATCH_TOKENS", "Compiled", "Engine"]
 
@@ -54,10 +54,19 @@ class Engine:
         model: what is compiled.
         ladder: the shapes there may be; by default `Ladder.default` for the model's length and the platform.
         max_batch_tokens: for the default ladder: tokens per dispatch and device.
+        output: what the executables give of each row.
     """
 
-    def __init__(self, model: Model, ladder: Ladder | None = None, *, max_batch_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        ladder: Ladder | None = None,
+        *,
+        max_batch_tokens: int | None = None,
+        output: Output = Output.DENSE,
+    ) -> None:
         self.model = model
+        self.output = output
         self.platform: str = model.mesh.devices.flat[0].platform
         devices = model.mesh.shape[DATA]
         if max_batch_tokens is None:
@@ -109,7 +118,8 @@ class Engine:
         """Run a batch and wait for it.
 
         Returns:
-            float32 [n, D], the real rows in the batch's order; columns behind a row's `dimensions` are 0.
+            float32 [n, ...], the real rows in the batch's order, of the shape that `Output` says; features behind a
+            row's `dimensions` are 0.
 
         Raises:
             BucketError: the batch's shape was not compiled.
@@ -156,12 +166,14 @@ class Engine:
             for array in self._arguments(empty(bucket))
         ]
         leaves = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in self.model.leaves)
-        function = partial(forward, self.model)
-        return jax.jit(function, out_shardings=batch_sharding(mesh, 2)).lower(leaves, *specs)
+        function = partial(forward, self.model, self.output)
+        ndim = 3 if self.output is Output.TOKENS else 2
+        return jax.jit(function, out_shardings=batch_sharding(mesh, ndim)).lower(leaves, *specs)
 
 
 def forward(
     model: Model,
+    output: Output,
     leaves: tuple[jax.Array, ...],
     input_ids: Int[Array, "B T"],
     lengths: Int[Array, " B"],
@@ -170,7 +182,7 @@ def forward(
     normalize: Bool[Array, " B"],
     second_starts: Int[Array, " B"],
     tasks: Int[Array, " B"],
-) -> Float[Array, "B D"]:
+) -> Float[Array, "B *shape"]:
     """What each executable computes; the arguments are those of `types.Batch`."""
     positions = jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None, :]
     seconds = second_starts[:, None]
@@ -180,7 +192,7 @@ def forward(
         token_types=((seconds > 0) & (positions >= seconds)).astype(jnp.int32),
         tasks=tasks,
     )
-    return model.embed(leaves, tokens, prompt_lengths, dimensions, normalize)
+    return model.compute(output, leaves, tokens, prompt_lengths, dimensions, normalize)
 
 
 def empty(bucket: Bucket) -> Batch:

@@ -15,10 +15,10 @@ from jaxembed.checkpoint import Checkpoint
 from jaxembed.layers import Tokens
 from jaxembed.models import architecture
 from jaxembed.modules import Module
-from jaxembed.pooling import finish
+from jaxembed.pooling import finish, splade
 from jaxembed.sharding import make_mesh
 from jaxembed.tensors import Tensors
-from jaxembed.types import Architecture, Names
+from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION, Architecture, Names, Output, SpladePooling
 from jaxembed.weights import Leaves, Structure, collect, place
 
 __all__ = ["DTYPES", "Model", "Placed", "load"]
@@ -40,6 +40,7 @@ class Model:
         leaves: the arrays, in the order of `paths`.
         dimension: D, the full size of a vector; of a token's vector where texts get no single one.
         max_length: tokens an input may have.
+        head: the task that the encoder has a head for; None for none.
         tasks: names of the tasks that a row may ask for, in the order of their numbers.
         parts: the encoder and the modules behind it, without their arrays.
     """
@@ -52,6 +53,7 @@ class Model:
     leaves: tuple[jax.Array, ...]
     dimension: int
     max_length: int
+    head: str | None
     tasks: tuple[str, ...]
     parts: tuple["Part", ...]
 
@@ -85,6 +87,43 @@ class Model:
         for step in steps:
             features = step(features)
         return features
+
+    @property
+    def outputs(self) -> frozenset[Output]:
+        """What this model can give of a row."""
+        given = {
+            Output.DENSE: self.checkpoint.pooling is not None,
+            Output.TOKENS: self.checkpoint.splade is None,
+            Output.SPARSE: self.head == FILL_MASK,
+            Output.SCORES: self.head == SEQUENCE_CLASSIFICATION,
+        }
+        return frozenset(output for output, there in given.items() if there)
+
+    def compute(
+        self,
+        output: Output,
+        leaves: Leaves,
+        tokens: Tokens,
+        prompt_lengths: Int[Array, " B"],
+        dimensions: Int[Array, " B"],
+        normalize: Bool[Array, " B"],
+    ) -> Float[Array, "B *shape"]:
+        """One of `outputs`, whose shapes `Output` says; the other arguments are those of `embed`.
+
+        Vectors and token vectors are cut and normalised as their rows ask; the other outputs are not.
+        """
+        match output:
+            case Output.DENSE:
+                return self.embed(leaves, tokens, prompt_lengths, dimensions, normalize)
+            case Output.TOKENS:
+                return finish(self.features(leaves, tokens, prompt_lengths).states[-1], dimensions, normalize)
+            case Output.SPARSE:
+                encoder = self.encoder(leaves)
+                logits = encoder.head(encoder.hidden_states(tokens)[-1], encoder)
+                return splade(logits, tokens.mask, self.checkpoint.splade or SpladePooling())
+            case Output.SCORES:
+                encoder = self.encoder(leaves)
+                return encoder.head(encoder.hidden_states(tokens)[-1], tokens.mask)  # type: ignore[no-any-return]
 
     def embed(
         self,
@@ -192,9 +231,14 @@ def load(
     if chosen < 1 or (longest is not None and chosen > longest):
         raise ValueError(f"max_length is {chosen}; allowed: " + (f"1 to {longest}" if longest else "at least 1"))
     mesh = make_mesh() if mesh is None else mesh
+    head = None if checkpoint.head is None else arch.heads.get(checkpoint.head)
+    if head is not None:
+        arch = arch.with_head(head, checkpoint.config)
     parts = [Part("", Structure(lambda: arch.build(config, dtype)), arch, checkpoint.folder)]
     dimension = config.hidden_size
     for spec in checkpoint.modules:
+        if isinstance(spec, SpladePooling):
+            continue
         dimension = width_after(spec, dimension, layers=getattr(config, "num_hidden_layers", 0))
         parts.append(part_of(spec, dtype, checkpoint.folder))
     return Model(
@@ -206,6 +250,7 @@ def load(
         leaves=tuple(leaf for part in parts for leaf in leaves_of(part, mesh, {} if placed is None else placed)),
         dimension=dimension,
         max_length=chosen,
+        head=checkpoint.head if head is not None else None,
         tasks=tuple(arch.tasks(checkpoint.config)),
         parts=tuple(parts),
     )

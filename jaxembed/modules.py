@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxembed.errors import CorruptCheckpointError, UnsupportedModelError
-from jaxembed.types import Pooling, PoolingMode
+from jaxembed.types import Pooling, PoolingMode, SpladePooling
 
 __all__ = [
     "Dense",
@@ -94,7 +94,7 @@ class Normalize:
     tokens: bool = False
 
 
-Module = Pooling | Dense | LayerNorm | WeightedLayerPooling | Normalize
+Module = Pooling | SpladePooling | Dense | LayerNorm | WeightedLayerPooling | Normalize
 
 
 class Entry(NamedTuple):
@@ -225,11 +225,12 @@ def read_modules(entries: Sequence[Entry], *, pooled: bool = False) -> tuple[Mod
         module = read_module(entry)
         if module is None:
             continue
-        of_tokens = isinstance(module, Pooling | WeightedLayerPooling) or getattr(module, "tokens", False)
+        pools = isinstance(module, Pooling | SpladePooling)
+        of_tokens = pools or isinstance(module, WeightedLayerPooling) or getattr(module, "tokens", False)
         if of_tokens is pooled:
             place = "behind" if pooled else "before"
             raise UnsupportedModelError(f"the module {entry.kind!r} in {entry.folder} cannot stand {place} Pooling")
-        pooled = pooled or isinstance(module, Pooling)
+        pooled = pooled or pools
         modules.append(module)
     return tuple(modules)
 
@@ -308,6 +309,16 @@ def read_normalize(config: Mapping[str, Any], folder: Path) -> Normalize:
     return Normalize(tokens=source == TOKENS)
 
 
+def read_splade(config: Mapping[str, Any], folder: Path) -> SpladePooling:
+    """sentence-transformers' SpladePooling."""
+    strategy, activation = config.get("pooling_strategy", "max"), config.get("activation_function", "relu")
+    if strategy not in ("max", "sum") or activation not in ("relu", "log1p_relu"):
+        raise UnsupportedModelError(
+            f"{folder}: SpladePooling by {strategy!r} of {activation!r}; supported: max and sum, of relu and log1p_relu"
+        )
+    return SpladePooling(strategy, activation == "log1p_relu")
+
+
 def read_nothing(config: Mapping[str, Any], folder: Path) -> None:
     """Dropout and the like."""
     return None
@@ -322,5 +333,6 @@ READERS: Mapping[str, Callable[[Mapping[str, Any], Path], Module | None]] = {
     "LayerNorm": read_layer_norm,
     "Normalize": read_normalize,
     "Pooling": read_pooling,
+    "SpladePooling": read_splade,
     "WeightedLayerPooling": read_layers,
 }

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxembed.types import Pooling, PoolingMode
+from jaxembed.types import Pooling, PoolingMode, SpladePooling
 
-__all__ = ["finish", "pool", "unit"]
+__all__ = ["finish", "pool", "splade", "unit"]
 
 Tokens = Float[Array, "B T D"]
 Mask = Bool[Array, "B T"]
@@ -92,22 +92,36 @@ def pool(x: Tokens, mask: Mask, prompt_lengths: Int[Array, " B"], pooling: Pooli
     return jnp.concatenate([MODES[mode](x, kept, weights) for mode in pooling.modes], axis=-1)
 
 
-def finish(
-    vectors: Float[Array, "B P"], dimensions: Int[Array, " B"], normalize: Bool[Array, " B"]
-) -> Float[Array, "B P"]:
-    """Cut each row to its matryoshka size, then L2-normalise the rows that ask for it.
+def splade(logits: Float[Array, "B T V"], mask: Mask, pooling: SpladePooling) -> Float[Array, "B V"]:
+    """Logits over the vocabulary for each token -> one weight for each entry; see `types.SpladePooling`.
 
     Args:
-        vectors: pooled vectors.
+        logits: of the masked-language-model head.
+        mask: tokens that are not padding.
+        pooling: the model's SpladePooling module.
+    """
+    weights = jnp.log1p(jnp.maximum(logits * mask[:, :, None].astype(logits.dtype), 0.0))
+    weights = jnp.log1p(weights) if pooling.twice else weights
+    return jnp.max(weights, axis=1) if pooling.strategy == "max" else jnp.sum(weights, axis=1)
+
+
+def finish(
+    vectors: Float[Array, "B *shape P"], dimensions: Int[Array, " B"], normalize: Bool[Array, " B"]
+) -> Float[Array, "B *shape P"]:
+    """Cut each row's vectors to its matryoshka size, then L2-normalise those of the rows that ask for it.
+
+    Args:
+        vectors: one vector a row, or several.
         dimensions: features to keep per row; the rest becomes 0.
         normalize: divide by max(norm, 1e-12)?
 
     Returns:
         The same shape: the caller slices row i to dimensions[i].
     """
-    inside = jnp.arange(vectors.shape[1], dtype=jnp.int32)[None, :] < dimensions[:, None]
-    cut = jnp.where(inside, vectors, 0.0)
-    return jnp.where(normalize[:, None], unit(cut), cut)
+    rows = (-1,) + (1,) * (vectors.ndim - 1)
+    places = jnp.arange(vectors.shape[-1], dtype=jnp.int32).reshape((1,) * (vectors.ndim - 1) + (-1,))
+    cut = jnp.where(places < dimensions.reshape(rows), vectors, 0.0)
+    return jnp.where(normalize.reshape(rows), unit(cut), cut)
 
 
 def unit(x: Float[Array, "*shape D"]) -> Float[Array, "*shape D"]:

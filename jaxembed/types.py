@@ -1,7 +1,7 @@
 """Values that travel between the floors: frozen, numpy only. Knows neither text nor JAX."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -25,6 +25,10 @@ Int32 = npt.NDArray[np.int32]
 
 NO_TASK = -1
 """A row that asks for none of the architecture's tasks."""
+
+FILL_MASK = "fill-mask"
+SEQUENCE_CLASSIFICATION = "sequence-classification"
+"""Hugging Face's names of the tasks that an encoder may have a head for."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,6 +98,19 @@ class Batch:
         return len(self.owners)
 
 
+class Output(StrEnum):
+    """What an executable gives of each row."""
+
+    DENSE = "dense"
+    """One vector: [B, D]."""
+    TOKENS = "tokens"
+    """A vector for each token: [B, T, D]."""
+    SPARSE = "sparse"
+    """A weight for each entry of the vocabulary, most of them 0: [B, V]."""
+    SCORES = "scores"
+    """A number for each label: [B, L]."""
+
+
 class PoolingMode(StrEnum):
     """How token vectors become one vector; the names are sentence-transformers'."""
 
@@ -111,6 +128,19 @@ class Pooling:
 
     modes: tuple[PoolingMode, ...] = (PoolingMode.MEAN,)
     include_prompt: bool = True
+
+
+@dataclass(frozen=True)
+class SpladePooling:
+    """Logits over the vocabulary for each token -> one weight for each entry (https://arxiv.org/abs/2109.10086).
+
+    Attributes:
+        strategy: over the tokens, "max" or "sum".
+        twice: log1p(log1p(relu(x))) in place of log1p(relu(x)) (https://arxiv.org/abs/2504.14839).
+    """
+
+    strategy: str = "max"
+    twice: bool = False
 
 
 class Layout(StrEnum):
@@ -171,6 +201,19 @@ class Names:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Head(Names):
+    """What stands on an encoder's hidden states for another task than vectors; its names stand beside the encoder's.
+
+    Attributes:
+        build: (the encoder's Config, config.json, matmul dtype name) -> the NNX module. For "sequence-classification"
+            it maps (hidden [B, T, D], mask [B, T]) to logits [B, L]; for "fill-mask" (hidden [B, T, D], the encoder,
+            whose word table it may share) to logits [B, T, V].
+    """
+
+    build: Callable[[Any, Mapping[str, Any], str], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Architecture(Names):
     """Everything the loader must know of one kind of model. Each file in `models/` makes one.
 
@@ -179,6 +222,7 @@ class Architecture(Names):
         config: config.json as a dict -> this architecture's Config; raises UnsupportedModelError.
         build: (Config, matmul dtype name) -> the NNX module, with `hidden_states(tokens)`.
         tasks: (config.json) -> names of the tasks among which each row may choose, as of task adapters.
+        heads: task (`SEQUENCE_CLASSIFICATION`, `FILL_MASK`) -> its head.
         default_length: tokens an input may have where neither the checkpoint nor the positions say.
     """
 
@@ -186,7 +230,31 @@ class Architecture(Names):
     config: Callable[[Mapping[str, Any]], Any]
     build: Callable[[Any, str], Any]
     tasks: Callable[[Mapping[str, Any]], Sequence[str]] = field(default=no_tasks)
+    heads: Mapping[str, Head] = field(default_factory=dict)
     default_length: int = 512
+
+    def with_head(self, head: Head, config: Mapping[str, Any]) -> "Architecture":
+        """The same whose module holds a head's module as `head`.
+
+        Args:
+            head: one of `heads`.
+            config: config.json.
+        """
+
+        def build(read: Any, dtype: str) -> Any:
+            module = self.build(read, dtype)
+            module.head = head.build(read, config, dtype)
+            return module
+
+        beside = {f"head.{path}": weight for path, weight in head.weights.items()}
+        return replace(
+            self,
+            build=build,
+            weights={**self.weights, **beside},
+            alternatives=tuple({**table, **beside} for table in self.alternatives),
+            ignored=(*self.ignored, *head.ignored),
+            renames=(*self.renames, *head.renames),
+        )
 
     @property
     def where(self) -> str:

@@ -211,7 +211,7 @@ def test_windows_do_not_show(model: Embedder, monkeypatch: pytest.MonkeyPatch) -
     whole = model.encode(TEXTS)
     ids = [encoding.ids for encoding in model.tokenizer.encode_texts(TEXTS, truncate_to=32)]
     for window in (1, 2, len(TEXTS) - 1, len(TEXTS), len(TEXTS) + 1):
-        monkeypatch.setattr(embedder, "WINDOW", window)
+        monkeypatch.setattr(runner, "WINDOW", window)
         np.testing.assert_allclose(model.encode(TEXTS), whole, atol=1e-6)
         np.testing.assert_allclose(model.encode(ids), whole, atol=1e-6)
 
@@ -250,7 +250,7 @@ def test_errors_name_the_item_in_any_window(
     message: str,
 ) -> None:
     """Counted from the start of the whole input, in the message and in the attribute."""
-    monkeypatch.setattr(embedder, "WINDOW", window)
+    monkeypatch.setattr(runner, "WINDOW", window)
     with pytest.raises(error, match=message) as caught:
         model.encode(inputs, **options)
     assert caught.value.index == index

@@ -1,0 +1,152 @@
+"""Inputs in windows -> arrays, for any output of a model: tokenising ahead, planning, running. Knows no public API.
+
+1. The inputs are taken in windows, so that memory does not grow with their number beyond the result itself.
+2. A window becomes Encodings; the next window is tokenised while this one runs.
+3. `buckets` plans the window into Batches, longest rows first.
+4. `engine` runs them; a shape that is met for the first time is compiled then (a server compiles all of them ahead).
+5. Rows find their items again by the owner index that travels in the Batch.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from jaxembed.buckets import Row, pack
+from jaxembed.engine import Engine
+from jaxembed.errors import InputError, UnsupportedModelError
+from jaxembed.loading import Model
+from jaxembed.tokenizer import Tokenizer
+from jaxembed.types import Encoding, Output
+
+__all__ = ["Done", "Runner"]
+
+WINDOW = 4096
+"""Inputs that are tokenised and planned together: enough that sorting by length pays, few enough to stay in memory."""
+
+OFFERED = {
+    Output.DENSE: "one vector for a text (encode)",
+    Output.TOKENS: "a vector for each token (encode_tokens)",
+    Output.SPARSE: "sparse vectors (encode_sparse)",
+    Output.SCORES: "scores of pairs (rerank)",
+}
+
+
+class Done(NamedTuple):
+    """What one batch gave.
+
+    Attributes:
+        items: int64 [n], places of the inputs.
+        encodings: n of them.
+        rows: float32 [n, ...], of the shape that `Output` says.
+    """
+
+    items: npt.NDArray[np.int64]
+    encodings: tuple[Encoding, ...]
+    rows: npt.NDArray[np.float32]
+
+
+class Runner:
+    """Runs one model, whatever is asked of it.
+
+    Args:
+        model: the loaded model.
+        tokenizer: its tokenizer.
+        engine: for one of its outputs; engines of the others get the same ladder when they are first needed.
+    """
+
+    def __init__(self, model: Model, tokenizer: Tokenizer, engine: Engine) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self._engines = {engine.output: engine}
+        self._ladder = engine.ladder
+
+    def engine(self, output: Output) -> Engine:
+        """The engine of an output.
+
+        Raises:
+            UnsupportedModelError: the model does not give it; the message says what it gives.
+        """
+        if output not in self.model.outputs:
+            given = " and ".join(OFFERED[one] for one in Output if one in self.model.outputs) or "nothing"
+            raise UnsupportedModelError(f"this model does not give {OFFERED[output]}; it gives {given}")
+        if output not in self._engines:
+            self._engines[output] = Engine(self.model, self._ladder, output=output)
+        return self._engines[output]
+
+    def run(
+        self,
+        output: Output,
+        items: Sequence[Any],
+        tokenize: Callable[[Sequence[Any]], Sequence[Encoding]],
+        *,
+        dimensions: int,
+        normalize: bool,
+    ) -> Iterator[Done]:
+        """Run inputs, in whatever order is fastest.
+
+        Args:
+            output: what to give of each.
+            items: the inputs.
+            tokenize: makes the Encodings of a window of them; may run in a thread.
+            dimensions, normalize: of each row, as in `types.Batch`.
+
+        Raises:
+            UnsupportedModelError: the model does not give this output.
+            InputError: what `tokenize` raises, its item counted from the start of all inputs.
+        """
+        engine = self.engine(output)
+        for start, encodings in windows(items, tokenize):
+            waiting: list[tuple[jax.Array, Any]] = []
+            for plan in engine.ladder.plan([len(one) for one in encodings]):
+                batch = pack(plan.bucket, [Row(encodings[item], dimensions, normalize, item) for item in plan.items])
+                engine.compile(batch.bucket)
+                # On accelerators one batch is dispatched ahead.
+                waiting.append((engine.dispatch(batch), batch))
+                if len(waiting) >= engine.max_in_flight:
+                    yield done(engine, *waiting.pop(0), encodings, start)
+            for result, batch in waiting:
+                yield done(engine, result, batch, encodings, start)
+
+
+def done(engine: Engine, result: jax.Array, batch: Any, encodings: Sequence[Encoding], start: int) -> Done:
+    """Fetch a batch; its items are counted from the start of all inputs."""
+    rows = engine.fetch(result, batch)
+    return Done(batch.owners + start, tuple(encodings[item] for item in batch.owners), rows)
+
+
+def windows(
+    items: Sequence[Any], tokenize: Callable[[Sequence[Any]], Sequence[Encoding]]
+) -> Iterator[tuple[int, Sequence[Encoding]]]:
+    """(offset, Encodings) of each window; one window is tokenised ahead."""
+
+    def work(start: int) -> Sequence[Encoding]:
+        try:
+            return tokenize(items[start : start + WINDOW])
+        except InputError as error:
+            raise moved(error, start) from None
+
+    starts = range(0, len(items), WINDOW)
+    if len(starts) <= 1:
+        # No thread for what has no next window: starting one takes longer than tokenising a query.
+        yield from ((start, work(start)) for start in starts)
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="tokenize") as pool:
+        ahead = pool.submit(work, 0)
+        for start in starts:
+            encodings = ahead.result()
+            if start + WINDOW < len(items):
+                ahead = pool.submit(work, start + WINDOW)
+            yield start, encodings
+
+
+def moved(error: InputError, start: int) -> InputError:
+    """The same error, its item counted from the start of the whole input in place of the window's."""
+    if error.index is not None and start:
+        message = str(error).replace(f"input[{error.index}]", f"input[{error.index + start}]", 1)
+        error.args = (message,)
+        error.index += start
+    return error
