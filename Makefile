@@ -10,7 +10,7 @@ TORCH := torch==2.13.0
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint fmt type bench warmup clean
+.PHONY: help serve test parity lint fmt type bench warmup clean
 
 help:  ## list the verbs
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -47,6 +47,9 @@ serve: $(VENV)/.serve  ## install and serve the default model at http://127.0.0.
 
 test: $(VENV)/.test  ## install and run the tests (ARGS='-k bert')
 	$(BIN)/python -m pytest $(ARGS)
+
+parity: $(VENV)/.test  ## compare every architecture with its original; the figures go into README.md and docs/numerics.md
+	$(BIN)/python tests/parity_report.py
 
 lint: $(VENV)/.lint  ## style, types and the floors
 	$(BIN)/ruff check .

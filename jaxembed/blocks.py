@@ -17,6 +17,7 @@ from jaxembed.layers import Embedding, LayerNorm, Linear, Tokens, activation, at
 from jaxembed.types import Layout, Weight, Weights
 
 __all__ = [
+    "BERT_EMBEDDINGS_WEIGHTS",
     "BERT_WEIGHTS",
     "OLD_NORM_NAMES",
     "BertConfig",
@@ -72,27 +73,42 @@ class BertEmbeddings(nnx.Module):
     Args:
         config: sizes.
         dtype: of the tables.
-        width: D of the tables, where it is not `config.hidden_size`.
+        width: of the tables and the norm, where it is not `config.hidden_size`.
+        project: map the result linearly to `config.hidden_size`, as factorised embeddings are.
         padding: RoBERTa's places: they count from this token id + 1, and a token of this id has none of its own.
             None counts from 0.
     """
 
-    def __init__(self, config: BertConfig, dtype: str, *, width: int | None = None, padding: int | None = None) -> None:
+    def __init__(
+        self,
+        config: BertConfig,
+        dtype: str,
+        *,
+        width: int | None = None,
+        project: bool = False,
+        padding: int | None = None,
+    ) -> None:
         size = width or config.hidden_size
         self.word = Embedding((config.vocab_size, size), ("vocab", "embed"), dtype)
         self.position = Embedding((config.max_position_embeddings, size), ("position", "embed"), dtype)
         types = config.type_vocab_size
         self.token_type = Embedding((types, size), ("token_type", "embed"), dtype) if types else None
         self.norm = LayerNorm(size, config.layer_norm_eps)
+        self.projection = Linear((size, config.hidden_size), ("embed", "embed"), dtype) if project else None
         self.types = types
         self.padding = padding
 
     def __call__(self, tokens: Tokens) -> Float[Array, "B T D"]:
+        x = self.norm(self.total(tokens))
+        return x if self.projection is None else self.projection(x)
+
+    def total(self, tokens: Tokens) -> Float[Array, "B T E"]:
+        """What is normalised: all that is known of each token."""
         x = self.word(tokens.input_ids) + self.position(self.places(tokens.input_ids))
         if self.token_type is not None:
             # With one type only, both texts of a pair are of it.
             x = x + self.token_type(jnp.minimum(tokens.token_types, self.types - 1))
-        return self.norm(x)
+        return x
 
     def places(self, input_ids: Int[Array, "B T"]) -> Int[Array, "_ T"]:
         """The row of the position table for each token."""
@@ -191,11 +207,16 @@ def bert_layer_weights(path: str, name: str) -> Weights:
     }
 
 
-BERT_WEIGHTS: Weights = {
+BERT_EMBEDDINGS_WEIGHTS: Weights = {
     "embeddings.word.table": Weight("embeddings.word_embeddings.weight"),
     "embeddings.position.table": Weight("embeddings.position_embeddings.weight"),
     "embeddings.token_type.table": Weight("embeddings.token_type_embeddings.weight"),
     **norm_weights("embeddings.norm", "embeddings.LayerNorm"),
+}
+"""`BertEmbeddings` as `embeddings`, under BERT's own names."""
+
+BERT_WEIGHTS: Weights = {
+    **BERT_EMBEDDINGS_WEIGHTS,
     **bert_layer_weights("layers.{n}", "encoder.layer.{n}"),
 }
 """A `PostNormEncoder` on `BertEmbeddings`, under BERT's own names."""

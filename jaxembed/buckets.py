@@ -205,9 +205,9 @@ def pack(bucket: Bucket, rows: Sequence[Row]) -> Batch:
     second_starts: npt.NDArray[np.int32] = np.zeros(shape, np.int32)
     tasks: npt.NDArray[np.int32] = np.full(shape, NO_TASK, np.int32)
     for i, row in enumerate(rows):
-        ids = row.encoding.ids
+        ids, attended = row.encoding.ids, row.encoding.attended
         input_ids[i, : len(ids)] = ids
-        lengths[i] = len(ids)
+        lengths[i] = len(ids) if attended is None else attended
         prompt_lengths[i] = row.encoding.prompt_length
         dimensions[i] = row.dimensions
         normalize[i] = row.normalize

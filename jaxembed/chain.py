@@ -168,9 +168,11 @@ def width_after(spec: modules.Module, width: int, *, layers: int) -> int:
             pass
         case modules.LayerNorm(dimension=size):
             after = size
-        case modules.WeightedLayerPooling(layers=given):
+        case modules.WeightedLayerPooling(layers=given, layer_start=start):
             if given != layers:
                 raise UnsupportedModelError(f"WeightedLayerPooling is of {given} layers, but the model has {layers}")
+            if not 0 <= start <= layers:
+                raise UnsupportedModelError(f"WeightedLayerPooling's layer_start is {start}; allowed: 0 to {layers}")
             return width
         case _:
             return width

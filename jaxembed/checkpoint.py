@@ -11,10 +11,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from jaxembed.colbert import LateInteraction, read_late_interaction, read_projection
 from jaxembed.errors import CheckpointNotFoundError, CorruptCheckpointError, UnsupportedModelError
-from jaxembed.modules import Entry, Module, Normalize, Route, read_json, read_modules, read_routes
+from jaxembed.modules import (
+    Entries,
+    Entry,
+    Module,
+    Normalize,
+    WeightedLayerPooling,
+    read_json,
+    read_modules,
+    read_routes,
+)
+from jaxembed.settings import changed, check_settings, has_chat_template, read_head, read_max_length, read_settings
 from jaxembed.tensors import Tensors
-from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION, Pooling, SpladePooling
+from jaxembed.types import Pooling, PoolingMode, SpladePooling
 
 __all__ = ["DEFAULT_MODEL", "PACKAGED", "Checkpoint", "resolve"]
 
@@ -26,20 +37,17 @@ PACKAGED: Mapping[str, tuple[str, str]] = {
 }
 """Hub id -> (import name of a package that carries the checkpoint, folder inside it)."""
 
-HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
-NO_LIMIT = 10**9
-"""Tokenizers without a length of their own say 1e30; anything at least this long means "no limit"."""
+HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "artifact.metadata", "*_linear.pt")
+"""The pickles among them are small, and never opened: that they are there is what an error can say."""
 
-ENCODERS = ("MLMTransformer", "StaticEmbedding", "Transformer")
+ENCODERS = ("MLMTransformer", "SparseStaticEmbedding", "StaticEmbedding", "Transformer")
 """The modules that a chain may begin with."""
 
-HEADS = {"ForMaskedLM": FILL_MASK, "ForSequenceClassification": SEQUENCE_CLASSIFICATION}
-"""Ending of a class in config.json's `architectures` -> the task."""
+INSTRUCTOR = ("hkunlp/instructor-base", "hkunlp/instructor-large", "hkunlp/instructor-xl")
+"""Their files do not say `include_prompt: false`; sentence-transformers knows them by name."""
 
-SENTENCE_CONFIGS = tuple(
-    f"sentence_{kind}_config.json"
-    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
-)
+MODEL2VEC_LENGTH = 512
+"""Tokens that model2vec takes of a text where its config.json says nothing."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +61,14 @@ class Checkpoint:
         modules: what follows the encoder, but for a Normalize at the end.
         normalize: whether a Normalize module ends the chain.
         head: the task that the encoder has a head for (`FILL_MASK`, `SEQUENCE_CLASSIFICATION`); None for none.
+        late: how it makes vectors of tokens, where it is a model of late interaction (ColBERT); None where not.
         special_tokens: whether the model's special tokens stand around a text.
+        unknown_tokens: whether the token for what the vocabulary lacks counts.
         max_length: tokens an input may have, special tokens included; None when no file says.
         lowercase: lowercase texts before tokenising (`do_lower_case`).
         prompts: name -> text to put before an input.
         default_prompt_name: the prompt used when none is asked for.
-        similarity: cosine, dot, euclidean or manhattan.
+        similarity: cosine, dot, euclidean or manhattan; maxsim or meanmaxsim of late interaction.
         dimensions: the default size of vectors (`truncate_dim`); None for the full size.
         settings: sentence_bert_config.json.
         extra: config_sentence_transformers.json.
@@ -73,7 +83,9 @@ class Checkpoint:
     modules: tuple[Module, ...] = (Pooling(),)
     normalize: bool = False
     head: str | None = None
+    late: LateInteraction | None = None
     special_tokens: bool = True
+    unknown_tokens: bool = True
     max_length: int | None = None
     lowercase: bool = False
     prompts: Mapping[str, str] = field(default_factory=dict)
@@ -99,56 +111,119 @@ class Checkpoint:
             UnsupportedModelError: modules.json holds a module that is not implemented.
         """
         root = resolve(str(name), revision=revision)
-        routes = {task: cls._of_route(str(name), root, route) for task, route in read_routes(root).items()}
+        found = read_routes(root)
+        # Tasks that share a route share its Checkpoint.
+        parts = {entries: cls._of_route(str(name), root, entries) for entries in found.of.values()}
+        routes = {task: parts[entries] for task, entries in found.of.items()}
         if "" in routes:
             return routes[""]
-        default = next((task for task, route in read_routes(root).items() if route.default), None)
-        return replace(routes[default or next(iter(routes))], routes=routes, default_route=default)
+        return replace(routes[found.default or next(iter(routes))], routes=routes, default_route=found.default)
 
     @classmethod
-    def _of_route(cls, name: str, root: Path, route: Route) -> "Checkpoint":
+    def _of_route(cls, name: str, root: Path, entries: Entries) -> "Checkpoint":
         """Read what one route's encoder and modules say."""
-        first = route.entries[0] if route.entries else Entry("Transformer", root)
+        first = entries[0] if entries else Entry("Transformer", root)
         if first.kind not in ENCODERS:
             raise UnsupportedModelError(
                 f"{root / 'modules.json'} begins with {first.kind}; supported: {', '.join(sorted(ENCODERS))}"
             )
         folder = first.folder
-        static = first.kind == "StaticEmbedding" or is_model2vec(folder)
-        config = read_static(folder) if static else read_config(folder)
-        settings = {} if static else read_sentence_config(folder)
         extra = read_json(root / "config_sentence_transformers.json", optional=True)
-        # Static embeddings are averaged without a module that says so; a folder of transformers alone gets the mean.
-        implied = static or not route.entries
-        modules = read_modules(route.entries[1:], pooled=implied)
-        if implied:
-            modules = (Pooling(), *modules)
-        if static and not route.entries and config.get("normalize"):
-            modules = (*modules, Normalize())
-        ended = [place for place, module in enumerate(modules) if module != Normalize()]
-        kept = modules[: ended[-1] + 1] if ended else ()
+        prompts = {key: text or "" for key, text in (extra.get("prompts") or {}).items()}
         default_prompt = extra.get("default_prompt_name")
-        prompts = {key: text for key, text in (extra.get("prompts") or {}).items() if text is not None}
         if default_prompt is not None and default_prompt not in prompts:
             raise CorruptCheckpointError(
                 f"{root}: default_prompt_name is {default_prompt!r}, but the prompts are {sorted(prompts)}"
             )
+        if first.kind == "StaticEmbedding" or (not entries and is_model2vec(folder)):
+            part = cls._static(name, folder, entries)
+        elif first.kind == "SparseStaticEmbedding":
+            part = cls._sparse_static(name, folder, entries)
+        else:
+            part = cls._encoder(name, folder, first.kind, entries, extra)
+        late = part.late
+        return replace(
+            part,
+            prompts=prompts if late is None else late.prompts(prompts),
+            default_prompt_name=default_prompt,
+            similarity=(extra.get("similarity_fn_name") or "cosine") if late is None else late.measure,
+            dimensions=extra.get("truncate_dim"),
+            extra=extra,
+        )
+
+    @classmethod
+    def _encoder(cls, name: str, folder: Path, kind: str, entries: Entries, extra: Mapping[str, Any]) -> "Checkpoint":
+        """A model of transformers and the modules behind it."""
+        settings = read_settings(folder)
+        config = changed(read_config(folder), settings, folder)
+        head = read_head(kind, settings, config, alone=not entries)
+        length = read_max_length(folder, config, settings)
+        late = read_late_interaction(folder, entries, config=config, settings=settings, extra=extra, length=length)
+        modules: tuple[Module, ...]
+        if entries:
+            modules = read_modules(entries[1:], late=late is not None)
+        else:
+            modules = (default_pooling(folder, config, head) if late is None else read_projection(folder),)
+        if not config.get("output_hidden_states"):
+            # The module gets no layers then, and hands on what it gets.
+            modules = tuple(module for module in modules if not isinstance(module, WeightedLayerPooling))
+        if name in INSTRUCTOR:
+            modules = tuple(
+                replace(module, include_prompt=False) if isinstance(module, Pooling) else module for module in modules
+            )
+        dense = any(isinstance(module, Pooling) for module in modules)
+        check_settings(settings, folder, head=head, dense=dense)
+        kept, normalize = without_norm(modules)
         return cls(
             name=name,
             folder=folder,
             config=config,
             modules=kept,
-            normalize=len(kept) < len(modules),
-            head=read_head(first.kind, settings, config, alone=not route.entries),
-            special_tokens=not static,
-            max_length=None if static else read_max_length(folder, config, settings),
+            normalize=normalize or (late is not None and late.normalize),
+            head=head,
+            late=late,
+            max_length=length if late is None else late.longest,
             lowercase=bool(settings.get("do_lower_case", False)),
-            prompts=prompts,
-            default_prompt_name=default_prompt,
-            similarity=extra.get("similarity_fn_name") or "cosine",
-            dimensions=extra.get("truncate_dim"),
             settings=settings,
-            extra=extra,
+        )
+
+    @classmethod
+    def _static(cls, name: str, folder: Path, entries: Entries) -> "Checkpoint":
+        """A table of vectors: they are averaged without a module that says so."""
+        config = read_static(folder)
+        modules: tuple[Module, ...] = (Pooling(), *read_modules(entries[1:], pooled=True))
+        if not entries and config.get("normalize"):
+            modules = (*modules, Normalize())
+        kept, normalize = without_norm(modules)
+        # sentence-transformers keeps the cut that tokenizer.json may ask for; model2vec has its own.
+        cut = read_json(folder / "tokenizer.json", optional=True).get("truncation") or {}
+        length = cut.get("max_length") if entries else config.get("max_length", MODEL2VEC_LENGTH)
+        return cls(
+            name=name,
+            folder=folder,
+            config=config,
+            modules=kept,
+            normalize=normalize,
+            special_tokens=False,
+            unknown_tokens=bool(entries),
+            max_length=None if length is None else int(length),
+        )
+
+    @classmethod
+    def _sparse_static(cls, name: str, folder: Path, entries: Entries) -> "Checkpoint":
+        """A weight for each token: nothing may follow."""
+        if len(entries) > 1:
+            raise UnsupportedModelError(
+                f"the module {entries[1].kind!r} in {entries[1].folder} cannot stand behind SparseStaticEmbedding"
+            )
+        config = read_sparse_static(folder)
+        return cls(
+            name=name,
+            folder=folder,
+            config=config,
+            modules=(),
+            special_tokens=False,
+            max_length=read_max_length(folder, config, {}),
         )
 
     @property
@@ -195,17 +270,51 @@ def resolve(name: str, *, revision: str | None = None) -> Path:
             tried.append(f"not in {place}" if local else f"not from {place} ({type(error).__name__})")
             continue
         # Without a network both give whatever the cache has, as after a download that was cut short.
-        if any(found.rglob("config.json")) and any(found.rglob("*.safetensors")):
+        # A StaticEmbedding has no config.json.
+        described = any(found.rglob("config.json")) or (found / "modules.json").is_file()
+        if described and any(found.rglob("*.safetensors")):
             return found
         tried.append(f"no config.json with safetensors in {place}")
     raise CheckpointNotFoundError(f"cannot find the checkpoint {name!r}: {'; '.join(tried)}")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """An encoder's config.json."""
+    """An encoder's config.json.
+
+    Raises:
+        CheckpointNotFoundError: there is none.
+        UnsupportedModelError: the folder holds an adapter, whose weights would be left out.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise UnsupportedModelError(
+            f"{folder} holds an adapter (adapter_config.json), which is not supported: merge it into its model first"
+        )
     if not (folder / "config.json").is_file():
         raise CheckpointNotFoundError(f"{folder} has no config.json: it is no checkpoint")
     return read_json(folder / "config.json")
+
+
+def default_pooling(folder: Path, config: Mapping[str, Any], head: str | None) -> Pooling:
+    """What sentence-transformers puts behind a folder of transformers alone: the mean, or a decoder's last token.
+
+    Raises:
+        UnsupportedModelError: it would put texts into a chat template.
+    """
+    if head is None and has_chat_template(folder):
+        raise UnsupportedModelError(
+            f"{folder} has a chat template and no modules.json, so that sentence-transformers would make a "
+            "conversation of each text, which is not supported; a modules.json says what follows the encoder"
+        )
+    named = str((config.get("architectures") or [""])[0])
+    causal = named.endswith("ForCausalLM") and config.get("is_causal", True)
+    return Pooling((PoolingMode.LAST_TOKEN,)) if causal else Pooling()
+
+
+def without_norm(modules: tuple[Module, ...]) -> tuple[tuple[Module, ...], bool]:
+    """The modules but for each Normalize at the end, and whether there was one."""
+    ended = [place for place, module in enumerate(modules) if not isinstance(module, Normalize)]
+    kept = modules[: ended[-1] + 1] if ended else ()
+    return kept, len(kept) < len(modules)
 
 
 def is_model2vec(folder: Path) -> bool:
@@ -217,66 +326,41 @@ def read_static(folder: Path) -> dict[str, Any]:
     """What a config.json would say of a StaticEmbedding: its sizes are those of its arrays.
 
     Raises:
-        CorruptCheckpointError: there is no table among the arrays.
+        CorruptCheckpointError: there is no table among the arrays, or `mapping` names rows that it does not have.
     """
     tensors = Tensors(folder)
     table = next((tensors[name] for name in ("embedding.weight", "embeddings") if name in tensors), None)
     if table is None or table.ndim != 2:
         raise CorruptCheckpointError(f"{folder} holds no table of vectors: neither 'embedding.weight' nor 'embeddings'")
+    rows, size = table.shape
+    mapping = tensors.get("mapping")
+    if mapping is not None and not (mapping.ndim == 1 and ((mapping >= 0) & (mapping < rows)).all()):
+        raise CorruptCheckpointError(f"{folder}: 'mapping' must be a list of rows of the table, 0 to {rows - 1}")
     return {
         **read_json(folder / "config.json", optional=True),
         "model_type": "static_embedding",
-        "rows": table.shape[0],
-        "hidden_size": table.shape[1],
-        "vocab_size": len(tensors["mapping"]) if "mapping" in tensors else table.shape[0],
-        "mapped": "mapping" in tensors,
+        "rows": rows,
+        "hidden_size": size,
+        "vocab_size": rows if mapping is None else len(mapping),
+        "mapped": mapping is not None,
         "weighted": "weights" in tensors,
     }
 
 
-def read_head(kind: str, settings: Mapping[str, Any], config: Mapping[str, Any], *, alone: bool) -> str | None:
-    """What the encoder has on top of its hidden states.
-
-    Args:
-        kind: the encoder's class in modules.json.
-        settings: sentence_bert_config.json, whose `transformer_task` says it from version 5.4 on.
-        config: config.json, whose `architectures` says it in a folder of transformers alone.
-        alone: whether it is such a folder.
+def read_sparse_static(folder: Path) -> dict[str, Any]:
+    """What a config.json would say of a SparseStaticEmbedding: its size is that of its array.
 
     Raises:
-        UnsupportedModelError: a task that is not implemented.
+        CorruptCheckpointError: there are no weights among the arrays.
+        UnsupportedModelError: they stand in a file of another format.
     """
-    task = settings.get("transformer_task", FILL_MASK if kind == "MLMTransformer" else None)
-    if task == "feature-extraction":
-        return None
-    if task is not None:
-        if task not in HEADS.values():
-            raise UnsupportedModelError(
-                f"transformer_task is {task!r}; supported: feature-extraction, {', '.join(HEADS.values())}"
-            )
-        return str(task)
-    named = str((config.get("architectures") or [""])[0]) if alone else ""
-    return next((head for suffix, head in HEADS.items() if named.endswith(suffix)), None)
-
-
-def read_sentence_config(folder: Path) -> dict[str, Any]:
-    """sentence_bert_config.json, or the same under one of its older names; {} when there is none."""
-    for name in SENTENCE_CONFIGS:
-        found = read_json(folder / name, optional=True)
-        if found:
-            return found
-    return {}
-
-
-def read_max_length(folder: Path, config: Mapping[str, Any], sentence: Mapping[str, Any]) -> int | None:
-    """The most tokens an input may have: `max_seq_length` if given, else the tokenizer's `model_max_length`,
-    which is capped by the model's positions, as sentence-transformers does."""
-    given = sentence.get("max_seq_length")
-    if given is not None:
-        return int(given)
-    limits = [
-        read_json(folder / "tokenizer_config.json", optional=True).get("model_max_length"),
-        config.get("max_position_embeddings"),
-    ]
-    known = [int(limit) for limit in limits if limit is not None and 0 < limit < NO_LIMIT]
-    return min(known) if known else None
+    config = read_json(folder / "config.json", optional=True)
+    if config.get("path") is not None:
+        raise UnsupportedModelError(
+            f"{folder} takes its weights from {config['path']!r}; supported: from model.safetensors, as "
+            "sentence-transformers saves them"
+        )
+    weights = Tensors(folder).get("weight")
+    if weights is None or weights.ndim != 1:
+        raise CorruptCheckpointError(f"{folder} holds no list of weights under the name 'weight'")
+    return {"model_type": "sparse_static_embedding", "vocab_size": len(weights)}

@@ -233,6 +233,9 @@ def attention(
     weights, total = soften(jnp.where(seen, scores, MASKED))
     # The division waits until after the product with V: XLA fuses this form best on CPU (docs/numerics.md).
     mixed = matmul("BNTS,BNSH->BNTH", weights, v, dtype) / total
+    if window is not None:
+        # A query too far from every key, as one behind the padding's beginning may be, gets nothing, as in torch.
+        mixed = jnp.where(jnp.any(seen, axis=-1)[..., None], mixed, 0.0)
     return jnp.swapaxes(mixed, 1, 2).reshape(query.shape)
 
 

@@ -1,7 +1,8 @@
 """Registry + checkpoint + mesh -> a Model with its weights on the devices."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxembed.chain import Features, build_step, step_names, width_after
 from jaxembed.checkpoint import Checkpoint
+from jaxembed.colbert import STANFORD
+from jaxembed.errors import UnsupportedModelError
 from jaxembed.layers import Tokens
+from jaxembed.m3 import FILES, LEFT_OUT, NAMES, build_branch, conversion, lexical
 from jaxembed.models import architecture
 from jaxembed.modules import Module
 from jaxembed.pooling import finish, splade
 from jaxembed.sharding import make_mesh
 from jaxembed.tensors import Tensors
-from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION, Architecture, Names, Output, SpladePooling
+from jaxembed.tokenizer_files import read_tokenizer
+from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION, Architecture, Head, Names, Output, Pooling, SpladePooling
 from jaxembed.weights import Leaves, Structure, collect, place
 
 __all__ = ["DTYPES", "Model", "Placed", "load"]
@@ -39,10 +44,13 @@ class Model:
         mesh: where the weights lie.
         leaves: the arrays, in the order of `paths`.
         dimension: D, the full size of a vector; of a token's vector where texts get no single one.
+        token_dimension: E, the full size of a token's vector.
         max_length: tokens an input may have.
         head: the task that the encoder has a head for; None for none.
         tasks: names of the tasks that a row may ask for, in the order of their numbers.
         parts: the encoder and the modules behind it, without their arrays.
+        branches: output -> the layer on the encoder's hidden states that gives it, where one stands beside the chain.
+        left_out: entries of the vocabulary that get no weight in `Output.SPARSE` of a branch.
     """
 
     checkpoint: Checkpoint
@@ -52,15 +60,19 @@ class Model:
     mesh: Mesh
     leaves: tuple[jax.Array, ...]
     dimension: int
+    token_dimension: int
     max_length: int
     head: str | None
     tasks: tuple[str, ...]
     parts: tuple["Part", ...]
+    branches: Mapping[Output, "Part"] = field(default_factory=dict)
+    left_out: tuple[int, ...] = ()
 
     @property
     def paths(self) -> tuple[str, ...]:
         """The name of each parameter, such as "layers.0.query.kernel" or "2_Dense.linear.kernel"."""
-        return tuple(part.prefix + path for part in self.parts for path in part.structure.paths)
+        parts = (*self.parts, *self.branches.values())
+        return tuple(part.prefix + path for part in parts for path in part.structure.paths)
 
     @property
     def params(self) -> dict[str, jax.Array]:
@@ -73,12 +85,13 @@ class Model:
 
     def chain(self, leaves: Leaves) -> list[Any]:
         """The encoder and the steps behind it, with these weights. For use inside a traced function."""
-        modules, start = [], 0
-        for part in self.parts:
-            end = start + len(part.structure.paths)
-            modules.append(part.structure.merge(leaves[start:end]))
-            start = end
-        return modules
+        return merged(self.parts, leaves)[0]
+
+    def branch(self, output: Output, leaves: Leaves, tokens: Tokens) -> Float[Array, "B T E"]:
+        """What the branch of an output makes of the encoder's last hidden state. For use inside a traced function."""
+        chain, others = merged(self.parts, leaves)
+        layers = dict(zip(self.branches, merged(tuple(self.branches.values()), others)[0], strict=True))
+        return layers[output](chain[0].hidden_states(tokens)[-1])  # type: ignore[no-any-return]
 
     def features(self, leaves: Leaves, tokens: Tokens, prompt_lengths: Int[Array, " B"]) -> Features:
         """Encoder and steps: hidden states, token vectors and, where there is Pooling, one vector a text."""
@@ -91,13 +104,20 @@ class Model:
     @property
     def outputs(self) -> frozenset[Output]:
         """What this model can give of a row."""
+        if self.architecture.sparse:
+            return frozenset((Output.SPARSE,))
+        dense = self.checkpoint.pooling is not None
         given = {
-            Output.DENSE: self.checkpoint.pooling is not None,
-            Output.TOKENS: self.checkpoint.splade is None,
-            Output.SPARSE: self.head == FILL_MASK,
+            Output.DENSE: dense,
+            # What goes into a head and no further is nothing to be compared.
+            Output.TOKENS: dense or self.head is None,
+            Output.SPARSE: self.head == FILL_MASK or Output.SPARSE in self.branches,
             Output.SCORES: self.head == SEQUENCE_CLASSIFICATION,
         }
-        return frozenset(output for output, there in given.items() if there)
+        # Without the branch that stands there as a pickle, token vectors would be others.
+        return frozenset(
+            output for output, there in given.items() if there and conversion(self.checkpoint.folder, output) is None
+        )
 
     def compute(
         self,
@@ -115,8 +135,16 @@ class Model:
         match output:
             case Output.DENSE:
                 return self.embed(leaves, tokens, prompt_lengths, dimensions, normalize)
+            case Output.TOKENS if output in self.branches:
+                return finish(self.branch(output, leaves, tokens), dimensions, normalize)
             case Output.TOKENS:
                 return finish(self.features(leaves, tokens, prompt_lengths).states[-1], dimensions, normalize)
+            case Output.SPARSE if output in self.branches:
+                weights = self.branch(output, leaves, tokens)[:, :, 0]
+                ids, size = tokens.input_ids, self.config.vocab_size
+                return lexical(weights, ids, tokens.mask, vocab_size=size, left_out=self.left_out)
+            case Output.SPARSE if self.architecture.sparse:
+                return self.encoder(leaves).sparse(tokens)  # type: ignore[no-any-return]
             case Output.SPARSE:
                 encoder = self.encoder(leaves)
                 logits = encoder.head(encoder.hidden_states(tokens)[-1], encoder)
@@ -231,35 +259,99 @@ def load(
     if chosen < 1 or (longest is not None and chosen > longest):
         raise ValueError(f"max_length is {chosen}; allowed: " + (f"1 to {longest}" if longest else "at least 1"))
     mesh = make_mesh() if mesh is None else mesh
-    head = None if checkpoint.head is None else arch.heads.get(checkpoint.head)
+    head = choose_head(checkpoint, arch)
     if head is not None:
-        arch = arch.with_head(head, checkpoint.config)
+        arch = arch.with_head(head, head.fitted(checkpoint.config, Tensors(checkpoint.folder)))
+    if STANFORD in (checkpoint.config.get("architectures") or ()):
+        # The projection's, which the chain has, stand among the encoder's weights.
+        arch = replace(arch, ignored=(*arch.ignored, r"linear\.weight"))
     parts = [Part("", Structure(lambda: arch.build(config, dtype)), arch, checkpoint.folder)]
-    dimension = config.hidden_size
+    dimension = token_dimension = config.hidden_size
+    pooled = False
     for spec in checkpoint.modules:
         if isinstance(spec, SpladePooling):
             continue
         dimension = width_after(spec, dimension, layers=getattr(config, "num_hidden_layers", 0))
+        pooled = pooled or isinstance(spec, Pooling)
+        token_dimension = token_dimension if pooled else dimension
         parts.append(part_of(spec, dtype, checkpoint.folder))
+    branches = branches_of(checkpoint.folder, config.hidden_size, dtype)
+    if Output.TOKENS in branches:
+        token_dimension = branches[Output.TOKENS].structure.shapes[-1][-1]
     return Model(
         checkpoint=checkpoint,
         architecture=arch,
         config=config,
         dtype=dtype,
         mesh=mesh,
-        leaves=tuple(leaf for part in parts for leaf in leaves_of(part, mesh, {} if placed is None else placed)),
+        leaves=tuple(
+            leaf
+            for part in (*parts, *branches.values())
+            for leaf in leaves_of(part, mesh, {} if placed is None else placed)
+        ),
         dimension=dimension,
+        token_dimension=token_dimension,
         max_length=chosen,
         head=checkpoint.head if head is not None else None,
         tasks=tuple(arch.tasks(checkpoint.config)),
         parts=tuple(parts),
+        branches=branches,
+        left_out=unweighted(checkpoint.folder) if Output.SPARSE in branches else (),
     )
+
+
+def choose_head(checkpoint: Checkpoint, arch: Architecture) -> Head | None:
+    """The head that a checkpoint says it has; None where it holds none of it and gives vectors without it.
+
+    Raises:
+        UnsupportedModelError: nothing can be had of the checkpoint without a head that is not implemented.
+    """
+    if checkpoint.head is None:
+        return None
+    head, needed = arch.heads.get(checkpoint.head), checkpoint.pooling is None
+    if head is None:
+        if needed:
+            known = ", ".join(arch.heads) or "none"
+            raise UnsupportedModelError(f"{arch.where} has no head for {checkpoint.head}; heads it has: {known}")
+        return None
+    stored = Tensors(checkpoint.folder)
+    names = (prefix + weight.name for weight in head.weights.values() for prefix in arch.prefixes)
+    return head if needed or any(name in stored for name in names) else None
 
 
 def part_of(spec: Module, dtype: str, folder: Path) -> Part:
     """The step that a description asks for; its parameters are named by its folder."""
     folder = getattr(spec, "folder", folder)
-    return Part(f"{folder.name}.", Structure(lambda: build_step(spec, dtype)), step_names(spec), folder)
+    structure, names = Structure(lambda: build_step(spec, dtype)), step_names(spec)
+    if names is not None and getattr(spec, "beside", False):
+        return Part("", structure, replace(names, ignored=(".*",)), folder)
+    return Part(f"{folder.name}.", structure, names, folder)
+
+
+def branches_of(folder: Path, width: int, dtype: str) -> dict[Output, Part]:
+    """The layers that stand in files of their own beside the encoder's, by output; parameters bear the files' names."""
+    files = {output: folder / f"{name}.safetensors" for output, name in FILES.items()}
+    return {
+        output: Part(f"{file.stem}.", Structure(partial(build_branch, output, file, width, dtype)), NAMES, file)
+        for output, file in files.items()
+        if file.is_file()
+    }
+
+
+def unweighted(folder: Path) -> tuple[int, ...]:
+    """The ids of the special tokens that get no weight in a branch's sparse vectors."""
+    roles = read_tokenizer(folder).roles
+    return tuple(roles[name] for name in LEFT_OUT if name in roles)
+
+
+def merged(parts: Sequence[Part], leaves: Leaves) -> tuple[list[Any], Leaves]:
+    """The modules of parts, with the first of the arrays given; and the arrays left over."""
+    modules = []
+    for part in parts:
+        own = len(part.structure.paths)
+        modules.append(part.structure.merge(leaves[:own]))
+        leaves = leaves[own:]
+    return modules, leaves
 
 
 def leaves_of(part: Part, mesh: Mesh, placed: Placed) -> list[jax.Array]:

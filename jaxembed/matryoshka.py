@@ -31,6 +31,13 @@ UNDECLARED: Mapping[str, tuple[int, ...]] = {
     "Alibaba-NLP/gte-multilingual-base": ANY,
     "nomic-ai/modernbert-embed-base": (768, 256),
     "sentence-transformers/static-retrieval-mrl-en-v1": ANY,
+    "sentence-transformers/static-similarity-mrl-multilingual-v1": ANY,
+    "minishlab/potion-base-2M": ANY,
+    "minishlab/potion-base-4M": ANY,
+    "minishlab/potion-base-8M": ANY,
+    "minishlab/potion-base-32M": ANY,
+    "minishlab/potion-multilingual-128M": ANY,
+    "minishlab/potion-retrieval-32M": ANY,
 }
 """Models trained with a matryoshka loss whose config.json does not say so; () means every size."""
 

@@ -19,7 +19,7 @@ __all__ = [
     "LayerNorm",
     "Module",
     "Normalize",
-    "Route",
+    "Routes",
     "WeightedLayerPooling",
     "read_json",
     "read_modules",
@@ -27,6 +27,16 @@ __all__ = [
 ]
 
 TOKENS, VECTOR = "token_embeddings", "sentence_embedding"
+
+ROUTERS = ("Asym", "Router")
+SIDES = ("query", "document")
+"""The tasks that sentence-transformers' own methods name."""
+OTHERS = frozenset(("image", "audio", "video", "message"))
+"""Routes of these names are for inputs that are no texts."""
+
+FOREIGN = {"custom_st.Transformer": "Transformer", "pylate.models.Dense.Dense": "Dense"}
+"""Classes that are not sentence-transformers' own -> what they are: jina-embeddings-v3's, in a file of the checkpoint,
+which hands the task to its encoder; PyLate's, which works on tokens."""
 
 LEGACY_POOLING = {
     "pooling_mode_cls_token": PoolingMode.CLS,
@@ -59,6 +69,7 @@ class Dense:
         activation: a name in `layers.ACTIVATIONS`.
         residual: see above.
         tokens: works on each token's vector in place of the text's.
+        beside: the folder is the encoder's, among whose weights its own stand.
     """
 
     folder: Path
@@ -68,6 +79,7 @@ class Dense:
     activation: str = "tanh"
     residual: bool = False
     tokens: bool = False
+    beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,22 +110,26 @@ Module = Pooling | SpladePooling | Dense | LayerNorm | WeightedLayerPooling | No
 
 
 class Entry(NamedTuple):
-    """One line of modules.json: the last part of the class path, and the module's folder."""
+    """One line of modules.json: what `kind_of` makes of the class path, and the module's folder."""
 
     kind: str
     folder: Path
 
 
-class Route(NamedTuple):
-    """The modules that inputs of one kind go through, the encoder first.
+Entries = tuple[Entry, ...]
+"""The modules that a text goes through, the encoder first; empty for a folder without modules.json."""
+
+
+class Routes(NamedTuple):
+    """Where texts of each task go.
 
     Attributes:
-        entries: the modules; empty for a folder without modules.json.
-        default: whether inputs of no kind go here.
+        of: task -> modules; {"": modules} where there is no Router.
+        default: the task of texts that name none; None where they are refused.
     """
 
-    entries: tuple[Entry, ...]
-    default: bool = True
+    of: Mapping[str, Entries]
+    default: str | None
 
 
 def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
@@ -131,65 +147,92 @@ def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
     return value
 
 
-def read_routes(root: Path) -> dict[str, Route]:
+def read_routes(root: Path) -> Routes:
     """The routes of a folder: one named "" unless a Router stands in modules.json.
 
-    Both namespaces are known by the last part of a class path: `sentence_transformers.models.Pooling` (up to 5)
-    and `sentence_transformers.sentence_transformer.modules.pooling.Pooling` (from 6).
+    The modules are run in the order of the list, whatever its `idx` say, as sentence-transformers does.
 
     Raises:
         CorruptCheckpointError: a file is malformed.
-        UnsupportedModelError: more than one Router, or one that routes by something else than the task.
+        UnsupportedModelError: more than one Router, or one that no text can go through.
     """
     path = root / "modules.json"
     if not path.is_file():
-        return {"": Route(())}
+        return Routes({"": ()}, "")
     try:
-        lines = sorted(json.loads(path.read_bytes()), key=lambda entry: int(entry["idx"]))
-        entries = [Entry(last(entry["type"]), inside(root, entry["path"])) for entry in lines]
+        lines = json.loads(path.read_bytes())
+        entries = tuple(Entry(kind_of(line["type"]), inside(root, line["path"])) for line in lines)
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptCheckpointError(f"{path} is no list of modules: {error!r}") from None
     if not entries:
         raise CorruptCheckpointError(f"{path} lists no modules")
-    routers = [place for place, entry in enumerate(entries) if entry.kind in ("Router", "Asym")]
+    routers = [place for place, entry in enumerate(entries) if entry.kind in ROUTERS]
     if not routers:
-        return {"": Route(tuple(entries))}
+        return Routes({"": entries}, "")
     if len(routers) > 1:
         raise UnsupportedModelError(f"{path} has {len(routers)} Router modules; supported: one")
     place = routers[0]
     before, after = entries[:place], entries[place + 1 :]
     inner, default = read_router(entries[place].folder)
-    return {name: Route((*before, *middle, *after), default=name == default) for name, middle in inner.items()}
+    return Routes({task: (*before, *middle, *after) for task, middle in inner.items()}, default)
 
 
-def read_router(folder: Path) -> tuple[dict[str, tuple[Entry, ...]], str | None]:
-    """A Router's routes, and which of them inputs of no task take (None: they are refused).
+def read_router(folder: Path) -> Routes:
+    """A Router's own routes, those that texts can go through.
 
     Raises:
         CorruptCheckpointError: its file is malformed.
-        UnsupportedModelError: it routes images or the like.
+        UnsupportedModelError: it routes images or the like alone.
     """
     path = folder / "router_config.json"
-    given = read_json(path if path.is_file() else folder / "config.json")
+    # Up to version 4 the class was called Asym, and the file so.
+    path = path if path.is_file() else folder / "config.json"
+    given = read_json(path)
     try:
-        types = {name: last(kind) for name, kind in given["types"].items()}
+        kinds = {name: kind_of(kind) for name, kind in given["types"].items()}
         routes = {
-            str(route): tuple(Entry(types[name], inside(folder, name)) for name in names)
+            str(route): tuple(Entry(kinds[name], inside(folder, name)) for name in names)
             for route, names in given["structure"].items()
         }
         parameters = dict(given.get("parameters") or {})
         mappings = {ast.literal_eval(key): route for key, route in (parameters.get("route_mappings") or {}).items()}
-        # Several tasks may share a route.
-        for (task, modality), route in mappings.items():
-            if modality not in (None, "text") or task is None:
-                raise UnsupportedModelError(f"{path} routes by modality {modality!r}; supported: by task, of texts")
-            routes[task] = routes[route]
+        for_text = {str(task) for task, kind in mappings if task is not None and kind in (None, "text")}
+        for_others = OTHERS | {mappings[task, kind] for task, kind in mappings if kind not in (None, "text")}
+        named = parameters.get("default_route")
+        if not routes or not {*mappings.values(), *([] if named is None else [named])} <= routes.keys():
+            raise ValueError("it names a route that it does not have")
     except (KeyError, TypeError, AttributeError, ValueError, SyntaxError) as error:
         raise CorruptCheckpointError(f"{path} is no Router configuration: {error!r}") from None
-    default = parameters.get("default_route")
-    if default is None and parameters.get("allow_empty_key", True):
-        default = next(iter(routes))
-    return routes, default
+    if named is None and parameters.get("allow_empty_key", True):
+        named = next(iter(routes))
+    tasks = (*(route for route in routes if route not in for_others), *sorted(for_text), *SIDES)
+    ways = {task: way(task, routes, mappings) for task in dict.fromkeys(tasks)}
+    found = {task: route for task, route in ways.items() if route is not None}
+    default = way(None, routes, mappings) or named
+    if default is not None and found.setdefault(default, default) != default:
+        raise UnsupportedModelError(f"{path}: texts of no task take the route {default!r}, which no task leads to")
+    if not found:
+        raise UnsupportedModelError(f"{path} has no route for texts, only {', '.join(routes)}")
+    return Routes({task: routes[route] for task, route in found.items()}, default)
+
+
+def way(task: str | None, routes: Mapping[str, Any], mappings: Mapping[Any, str]) -> str | None:
+    """The route that sentence-transformers' Router gives texts of a task; None where it has none for it."""
+    for key in ((task, "text"), (task, None), (None, "text"), (None, None)):
+        if key in mappings:
+            return mappings[key]
+    return next((name for name in (task, "text") if name in routes), None)
+
+
+def kind_of(path: Any) -> str:
+    """What a module is: the class's name for sentence-transformers' own, else the whole class path.
+
+    Their namespace changed: `sentence_transformers.models.Pooling` up to version 5, and
+    `sentence_transformers.sentence_transformer.modules.pooling.Pooling` from 6. Somebody else's Pooling may compute
+    something else.
+    """
+    path = str(path)
+    return last(path) if path.startswith("sentence_transformers.") else FOREIGN.get(path, path)
 
 
 def last(kind: Any) -> str:
@@ -209,12 +252,13 @@ def inside(root: Path, name: Any) -> Path:
     return folder
 
 
-def read_modules(entries: Sequence[Entry], *, pooled: bool = False) -> tuple[Module, ...]:
-    """Describe the modules behind the encoder, those left out that do nothing outside training.
+def read_modules(entries: Sequence[Entry], *, pooled: bool = False, late: bool = False) -> tuple[Module, ...]:
+    """Describe the modules behind the encoder, those left out that compute nothing.
 
     Args:
         entries: the modules, in order.
         pooled: whether texts have one vector already.
+        late: whether the model is one of late interaction, whose Dense works on tokens where it does not say.
 
     Raises:
         CorruptCheckpointError: a module's file is malformed.
@@ -222,7 +266,7 @@ def read_modules(entries: Sequence[Entry], *, pooled: bool = False) -> tuple[Mod
     """
     modules: list[Module] = []
     for entry in entries:
-        module = read_module(entry)
+        module = read_module(entry, late=late)
         if module is None:
             continue
         pools = isinstance(module, Pooling | SpladePooling)
@@ -230,36 +274,50 @@ def read_modules(entries: Sequence[Entry], *, pooled: bool = False) -> tuple[Mod
         if of_tokens is pooled:
             place = "behind" if pooled else "before"
             raise UnsupportedModelError(f"the module {entry.kind!r} in {entry.folder} cannot stand {place} Pooling")
+        if isinstance(module, WeightedLayerPooling) and modules:
+            # It reads the encoder's layers, not what a module before it made of them.
+            raise UnsupportedModelError(f"the module {entry.kind!r} in {entry.folder} must be the first one")
         pooled = pooled or pools
         modules.append(module)
     return tuple(modules)
 
 
-def read_module(entry: Entry) -> Module | None:
-    """Describe one module; None for one that does nothing outside training. The errors are those of `read_modules`."""
+def read_module(entry: Entry, *, late: bool = False) -> Module | None:
+    """Describe one module; None for one that computes nothing. `late` and the errors are those of `read_modules`."""
     reader = READERS.get(entry.kind)
     if reader is None:
         raise UnsupportedModelError(
             f"the module {entry.kind!r} in {entry.folder} is not supported; supported: {', '.join(sorted(READERS))}"
         )
     config = read_json(entry.folder / "config.json", optional=entry.kind in WITHOUT_FILE)
+    if late and entry.kind == "Dense":
+        config = {"module_input_name": TOKENS, **config}
     try:
         return reader(config, entry.folder)
     except KeyError as error:
         raise CorruptCheckpointError(f"{entry.folder / 'config.json'} lacks {error}") from None
+    except (TypeError, ValueError) as error:
+        raise CorruptCheckpointError(f"{entry.folder / 'config.json'} is malformed: {error}") from None
 
 
 def read_pooling(config: Mapping[str, Any], folder: Path) -> Pooling:
     """The old booleans (none true: mean) or the new `pooling_mode`."""
+    unknown = sorted(key for key in config if key.startswith("pooling_mode_") and key not in LEGACY_POOLING)
+    if any(config[key] for key in unknown):
+        raise UnsupportedModelError(
+            f"{folder}: pooling by {', '.join(unknown)}; supported: {', '.join(LEGACY_POOLING)}"
+        )
     given = config.get("pooling_mode")
     if given is None:
-        modes = tuple(mode for key, mode in LEGACY_POOLING.items() if config.get(key))
+        modes = tuple(mode for key, mode in LEGACY_POOLING.items() if config.get(key)) or (PoolingMode.MEAN,)
     else:
         try:
             modes = tuple(PoolingMode(mode) for mode in ([given] if isinstance(given, str) else given))
         except ValueError:
-            raise UnsupportedModelError(f"pooling_mode is {given!r}; supported: {', '.join(PoolingMode)}") from None
-    return Pooling(modes or (PoolingMode.MEAN,), bool(config.get("include_prompt", True)))
+            modes = ()
+        if not modes:
+            raise UnsupportedModelError(f"pooling_mode is {given!r}; supported: {', '.join(PoolingMode)}")
+    return Pooling(modes, bool(config.get("include_prompt", True)))
 
 
 def read_dense(config: Mapping[str, Any], folder: Path) -> Dense:
@@ -320,7 +378,7 @@ def read_splade(config: Mapping[str, Any], folder: Path) -> SpladePooling:
 
 
 def read_nothing(config: Mapping[str, Any], folder: Path) -> None:
-    """Dropout and the like."""
+    """Dropout, which only training has; MultiVectorMask, which `colbert` reads."""
     return None
 
 
@@ -331,6 +389,7 @@ READERS: Mapping[str, Callable[[Mapping[str, Any], Path], Module | None]] = {
     "Dense": read_dense,
     "Dropout": read_nothing,
     "LayerNorm": read_layer_norm,
+    "MultiVectorMask": read_nothing,
     "Normalize": read_normalize,
     "Pooling": read_pooling,
     "SpladePooling": read_splade,

@@ -100,9 +100,11 @@ def splade(logits: Float[Array, "B T V"], mask: Mask, pooling: SpladePooling) ->
         mask: tokens that are not padding.
         pooling: the model's SpladePooling module.
     """
-    weights = jnp.log1p(jnp.maximum(logits * mask[:, :, None].astype(logits.dtype), 0.0))
-    weights = jnp.log1p(weights) if pooling.twice else weights
-    return jnp.max(weights, axis=1) if pooling.strategy == "max" else jnp.sum(weights, axis=1)
+    weights = jnp.where(mask[:, :, None], jnp.maximum(logits, 0.0), 0.0)
+    # The logarithm grows with its argument: that of the largest is the largest, and only one an entry is reckoned.
+    weights = jnp.max(weights, axis=1, keepdims=True) if pooling.strategy == "max" else weights
+    weights = jnp.log1p(weights)
+    return jnp.sum(jnp.log1p(weights) if pooling.twice else weights, axis=1)
 
 
 def finish(

@@ -77,15 +77,24 @@ def read_rotary(
         config: config.json.
         head_dim: H.
         default_theta: where the file gives none.
-        layer_type: which of several, where `rope_parameters` has one for each kind of layer.
+        layer_type: which of several, where `rope_parameters` has one for each kind of layer. Several without it raise.
         interleaved: see `Rotary`.
 
     Raises:
         UnsupportedModelError: a kind that is not implemented, or one without what it needs.
     """
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if layer_type is not None and isinstance(given.get(layer_type), Mapping):
-        given = given[layer_type]
+    # In transformers' order: an old file's field wins over the new one.
+    given = {**(config.get("rope_scaling") or config.get("rope_parameters") or {})}
+    nested = [name for name, value in given.items() if isinstance(value, Mapping)]
+    if nested:
+        if layer_type not in nested:
+            raise UnsupportedModelError(
+                f"rope_parameters are of {', '.join(nested)}; "
+                + (f"{layer_type!r} is missing" if layer_type else "supported: one kind")
+            )
+        given = {**given[layer_type]}
+    if config.get("original_max_position_embeddings") is not None:
+        given["original_max_position_embeddings"] = config["original_max_position_embeddings"]
     kind = given.get("rope_type") or given.get("type") or "default"
     theta = float(given.get("rope_theta") or config.get("rope_theta") or default_theta)
     share = given.get("partial_rotary_factor", config.get("partial_rotary_factor"))

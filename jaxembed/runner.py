@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from jaxembed.buckets import Row, pack
 from jaxembed.engine import Engine
-from jaxembed.errors import InputError, UnsupportedModelError
+from jaxembed.errors import InputError, PickledCheckpointError, UnsupportedModelError
 from jaxembed.loading import Model
+from jaxembed.m3 import conversion
 from jaxembed.tokenizer import Tokenizer
 from jaxembed.types import Encoding, Output
 
@@ -31,7 +32,7 @@ OFFERED = {
     Output.DENSE: "one vector for a text (encode)",
     Output.TOKENS: "a vector for each token (encode_tokens)",
     Output.SPARSE: "sparse vectors (encode_sparse)",
-    Output.SCORES: "scores of pairs (rerank)",
+    Output.SCORES: "scores of texts and pairs (classify, predict, rerank)",
 }
 
 
@@ -69,8 +70,12 @@ class Runner:
 
         Raises:
             UnsupportedModelError: the model does not give it; the message says what it gives.
+            PickledCheckpointError: it would, were its layer no pickle; the message says how to convert it.
         """
         if output not in self.model.outputs:
+            pickled = conversion(self.model.checkpoint.folder, output)
+            if pickled is not None:
+                raise PickledCheckpointError(pickled)
             given = " and ".join(OFFERED[one] for one in Output if one in self.model.outputs) or "nothing"
             raise UnsupportedModelError(f"this model does not give {OFFERED[output]}; it gives {given}")
         if output not in self._engines:

@@ -43,7 +43,7 @@ class Tensors(Mapping[str, npt.NDArray[Any]]):
     """The arrays of a folder's checkpoint, single or sharded, by name; each a read-only view of the file.
 
     Args:
-        folder: holds `model.safetensors`, or `model.safetensors.index.json` and its shards.
+        folder: holds `model.safetensors`, or `model.safetensors.index.json` and its shards; or one safetensors file.
 
     Raises:
         CheckpointNotFoundError: no weights in the folder.
@@ -71,7 +71,9 @@ class Tensors(Mapping[str, npt.NDArray[Any]]):
 
 
 def shards(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, in order; the errors are those of `Tensors`."""
+    """The safetensors files of a folder, in order, or the one given; the errors are those of `Tensors`."""
+    if folder.is_file():
+        return [folder]
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     index = folder / INDEX
@@ -88,9 +90,16 @@ def shards(folder: Path) -> list[Path]:
         return files
     pickled = [name for name in PICKLES if (folder / name).is_file()]
     if pickled:
+        way = "transformers.AutoModel.from_pretrained(folder).save_pretrained(folder)"
+        config = folder / "config.json"
+        named = config.is_file() and b'"model_type"' in config.read_bytes()
+        if pickled[0] == "pytorch_model.bin" and not named:
+            # A module of sentence-transformers, such as Dense.
+            stored = f"torch.load(folder + '/{pickled[0]}', weights_only=True)"
+            way = f"safetensors.torch.save_file({stored}, folder + '/{SINGLE}')"
         raise PickledCheckpointError(
             f"{folder} holds its weights only as {pickled[0]}, which may run code when loaded. Convert it once, "
-            "where you trust the file: transformers.AutoModel.from_pretrained(folder).save_pretrained(folder)"
+            f"where you trust the file: {way}"
         )
     raise CheckpointNotFoundError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX}")
 

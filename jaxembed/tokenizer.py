@@ -1,7 +1,6 @@
 """Text or token ids -> Encodings: prompts, special tokens and the length policy. Knows no model and no JAX."""
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
@@ -11,12 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxembed.errors import (
-    CorruptCheckpointError,
     InputError,
     InputTooLongError,
     InputTypeError,
     TokenIdError,
 )
+from jaxembed.pairs import kept_of_pair, second_start
+from jaxembed.tokenizer_files import around, lower, mark, read_tokenizer, read_tokenizer_json, unknown_id
 from jaxembed.types import NO_TASK, Encoding
 
 __all__ = ["TokenIds", "Tokenizer", "TruncationSide"]
@@ -41,6 +41,11 @@ class Tokenizer:
         max_length: tokens the model takes, special tokens included.
         measure_prompts: fill `Encoding.prompt_length` (the model's pooling says `include_prompt: false`).
         bare: put no special tokens around a text, whatever is asked for (static embeddings).
+        typed: tell the two texts of a pair apart by type, where the tokenizer's template does.
+        left_out: an id that is taken out of every text: model2vec's unknown token.
+        side: which end is cut where a caller does not say.
+        roles: transformers' names of special tokens, such as "mask_token" -> ids.
+        left_padded: whether transformers would pad on the left. Nothing is padded here.
     """
 
     def __init__(
@@ -52,6 +57,11 @@ class Tokenizer:
         max_length: int,
         measure_prompts: bool = False,
         bare: bool = False,
+        typed: bool = True,
+        left_out: int | None = None,
+        side: TruncationSide = TruncationSide.RIGHT,
+        roles: Mapping[str, int] | None = None,
+        left_padded: bool = False,
     ) -> None:
         backend.no_padding()
         backend.no_truncation()
@@ -61,9 +71,12 @@ class Tokenizer:
         self.max_length = max_length
         self._measure_prompts = measure_prompts
         self._bare = bare
-        mask = backend.encode("a", add_special_tokens=not bare).special_tokens_mask
-        self._prefix = next((i for i, special in enumerate(mask) if not special), len(mask))
-        self._suffix = next((i for i, special in enumerate(reversed(mask)) if not special), 0)
+        self._typed = typed
+        self._left_out = left_out
+        self.side = side
+        self.roles = roles or {}
+        self.left_padded = left_padded
+        self._prefix, self._suffix = (0, 0) if bare else around(backend)
         self._prompt_length = lru_cache(maxsize=256)(self._count_prompt)
 
     @classmethod
@@ -76,6 +89,8 @@ class Tokenizer:
         lowercase: bool = False,
         measure_prompts: bool = False,
         bare: bool = False,
+        unknown: bool = True,
+        markers: Sequence[str] = (),
     ) -> "Tokenizer":
         """Load the tokenizer of a checkpoint as transformers does.
 
@@ -84,38 +99,35 @@ class Tokenizer:
             vocab_size, max_length, measure_prompts, bare: see the class. The folder of a bare one holds tokenizer.json
                 and maybe nothing else.
             lowercase: lowercase every text first (sentence-transformers' `do_lower_case`).
+            unknown: keep the token for what the vocabulary lacks.
+            markers: texts that are one token wherever they stand, they or their first words, if the vocabulary has it.
 
         Raises:
             CorruptCheckpointError: the folder has no usable tokenizer files.
+            UnsupportedModelError: its tokenizer is not one of the tokenizers package's, or cannot be made one here.
         """
-        # It warns at import that there is no torch, as if that were a fault.
-        logging.getLogger("transformers").addFilter(not_about_torch)
-        # Imported here: half a second that only a loaded model needs.
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-        try:
-            loaded: Any
-            if bare:
-                fast: Any = PreTrainedTokenizerFast
-                loaded = fast(tokenizer_file=str(folder / "tokenizer.json"))
-            else:
-                loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # The tokenizers package raises no narrower class for a malformed file.
-            raise CorruptCheckpointError(f"cannot load a tokenizer from {folder}: {error}") from error
-        backend = loaded.backend_tokenizer
-        if backend.get_vocab_size() <= len(loaded.all_special_ids):
-            # What transformers makes of a folder without tokenizer files.
-            raise CorruptCheckpointError(f"cannot load a tokenizer from {folder}: it has no vocabulary")
+        found = read_tokenizer_json(folder) if bare else read_tokenizer(folder)
         if lowercase:
-            lower(backend)
+            lower(found.backend)
+        mark(found.backend, markers)
         return cls(
-            backend,
-            special_ids=frozenset(loaded.all_special_ids),
+            found.backend,
+            special_ids=found.special_ids,
             vocab_size=vocab_size,
             max_length=max_length,
             measure_prompts=measure_prompts,
             bare=bare,
+            typed=found.typed,
+            left_out=None if unknown else unknown_id(found.backend),
+            side=TruncationSide(found.side),
+            roles=found.roles,
+            left_padded=found.left_padded,
         )
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token of the vocabulary; None where there is no such token."""
+        found: int | None = self._backend.token_to_id(token)
+        return found
 
     @property
     def special_tokens(self) -> int:
@@ -129,7 +141,7 @@ class Tokenizer:
         prompt: str = "",
         add_special_tokens: bool = True,
         truncate_to: int | None = None,
-        side: TruncationSide = TruncationSide.RIGHT,
+        side: TruncationSide | None = None,
         task: int = NO_TASK,
     ) -> list[Encoding]:
         """Tokenise texts, `prompt` put before each.
@@ -139,7 +151,7 @@ class Tokenizer:
             prompt: text to put before each; "" for none.
             add_special_tokens: put the model's special tokens around each text.
             truncate_to: cut to this many tokens, special tokens counted and kept; None refuses over-long texts.
-            side: which end is cut.
+            side: which end is cut; by default the one that the tokenizer's files name.
             task: `Encoding.task` of each.
 
         Returns:
@@ -148,9 +160,11 @@ class Tokenizer:
         Raises:
             InputTooLongError: a text has more tokens than the model takes and `truncate_to` is None.
             InputTypeError: an item is not a string that can be written as UTF-8.
+            TokenIdError: the tokenizer has a token that the model has no vector for.
             InputError: `truncate_to` is out of range.
         """
         self._check_truncation(truncate_to)
+        side = side or self.side
         add_special_tokens = add_special_tokens and not self._bare
         if not all(isinstance(text, str) for text in texts):
             raise unreadable(texts)
@@ -168,11 +182,61 @@ class Tokenizer:
         encodings = []
         for index, one in enumerate(encoded):
             whole = np.array(one.ids, np.int32)
+            self._check_range(whole, index)
             ids = self._fit(whole, index, truncate_to, side, prefix, suffix)
             # A cut on the left takes the prompt's tokens first, after the leading special ones.
             gone = len(whole) - len(ids) if side is TruncationSide.LEFT else 0
             left = max(prompt_length - gone, min(prefix, prompt_length))
+            if self._left_out is not None:
+                ids = ids[ids != self._left_out]
             encodings.append(Encoding(ids, min(left, len(ids)), task=task))
+        return encodings
+
+    def encode_pairs(
+        self, pairs: Sequence[Sequence[str]], *, prompt: str = "", truncate_to: int | None = None
+    ) -> list[Encoding]:
+        """Tokenise pairs of texts, each into one Encoding, as the tokenizer's template for pairs says.
+
+        Args:
+            pairs: n times two strings.
+            prompt: text to put before the first of each; "" for none.
+            truncate_to: cut to this many tokens, special tokens counted and kept: the longer text first, until both are
+                of a length, at the end that the tokenizer's files name; None refuses over-long pairs.
+
+        Returns:
+            n Encodings, in order.
+
+        Raises:
+            InputTooLongError: a pair has more tokens than the model takes and `truncate_to` is None.
+            InputTypeError: an item is no pair of strings that can be written as UTF-8.
+            TokenIdError: the tokenizer has a token that the model has no vector for.
+            InputError: `truncate_to` is out of range.
+            UnsupportedModelError: the template gives tokens other types than 0, and behind them 1.
+        """
+        self._check_truncation(truncate_to)
+        for index, pair in enumerate(pairs):
+            if isinstance(pair, str) or not isinstance(pair, Sequence):
+                raise InputTypeError(
+                    f"input[{index}] must be a pair of strings, not {type(pair).__name__}", index=index
+                )
+            if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+                given = ", ".join(type(text).__name__ for text in pair) or "nothing"
+                raise InputTypeError(f"input[{index}] must be a pair of strings, not of {given}", index=index)
+        prepared = [(prompt + first, second) for first, second in pairs]
+        try:
+            encoded = self._backend.encode_batch_fast(prepared)
+        except (TypeError, UnicodeEncodeError):
+            raise unreadable([first + second for first, second in pairs]) from None
+        encodings = []
+        for index, one in enumerate(encoded):
+            ids, types = np.array(one.ids, np.int32), np.array(one.type_ids, np.int32)
+            self._check_range(ids, index)
+            if truncate_to is None:
+                self._fit(ids, index, None, self.side, 0, 0)
+            elif len(ids) > truncate_to:
+                kept = kept_of_pair(one.sequence_ids, truncate_to, left=self.side is TruncationSide.LEFT)
+                ids, types = ids[kept], types[kept]
+            encodings.append(Encoding(ids, second_start=second_start(types) if self._typed else 0))
         return encodings
 
     def encode_ids(
@@ -180,7 +244,7 @@ class Tokenizer:
         inputs: Sequence[TokenIds],
         *,
         truncate_to: int | None = None,
-        side: TruncationSide = TruncationSide.RIGHT,
+        side: TruncationSide | None = None,
         task: int = NO_TASK,
     ) -> list[Encoding]:
         """Take token ids exactly as given: no special tokens are added, and a cut is a plain slice.
@@ -188,7 +252,7 @@ class Tokenizer:
         Args:
             inputs: n sequences of token ids.
             truncate_to: cut to this many tokens; None refuses over-long inputs.
-            side: which end is cut.
+            side: which end is cut; by default the one that the tokenizer's files name.
             task: `Encoding.task` of each.
 
         Returns:
@@ -201,10 +265,15 @@ class Tokenizer:
             InputError: an item is empty, or `truncate_to` is out of range.
         """
         self._check_truncation(truncate_to)
+        side = side or self.side
         return [
             Encoding(self._fit(self._check_ids(ids, index), index, truncate_to, side, 0, 0), task=task)
             for index, ids in enumerate(inputs)
         ]
+
+    def token(self, number: int) -> str:
+        """The token of an id; "" where the tokenizer has none."""
+        return self._backend.id_to_token(number) or ""
 
     def _check_truncation(self, truncate_to: int | None) -> None:
         if truncate_to is not None and not 1 <= truncate_to <= self.max_length:
@@ -223,10 +292,13 @@ class Tokenizer:
             raise wrong
         if not len(ids):
             raise InputError(f"input[{index}] is empty: it must hold at least one token id", index=index)
-        if min(ids) < 0 or max(ids) >= self.vocab_size:
+        self._check_range(ids, index)
+        return np.asarray(ids).astype(np.int32)
+
+    def _check_range(self, ids: TokenIds, index: int) -> None:
+        if len(ids) and (min(ids) < 0 or max(ids) >= self.vocab_size):
             bad = next(i for i, value in enumerate(ids) if not 0 <= value < self.vocab_size)
             raise TokenIdError(index=index, position=bad, value=int(ids[bad]), vocab_size=self.vocab_size)
-        return np.asarray(ids).astype(np.int32)
 
     def _fit(
         self,
@@ -259,23 +331,6 @@ class Tokenizer:
         ids = self._backend.encode(prompt, add_special_tokens=add_special_tokens).ids
         length = len(ids) if limit is None else min(len(ids), limit)
         return length - (1 if ids and ids[-1] in self._special_ids else 0)
-
-
-def not_about_torch(record: logging.LogRecord) -> bool:
-    """A logging filter; one object, because a logger keeps every other one that it is given."""
-    return "PyTorch was not found" not in record.getMessage()
-
-
-def lower(backend: Any) -> None:
-    """Have a `tokenizers.Tokenizer` lowercase first, unless it does so already; special tokens stay as they are."""
-    from tokenizers.normalizers import Lowercase
-    from tokenizers.normalizers import Sequence as Chain
-
-    own: Any = backend.normalizer
-    chained = isinstance(own, Chain)
-    steps: list[Any] = [] if own is None else [*own] if chained else [own]
-    if not any(isinstance(step, Lowercase) or getattr(step, "lowercase", False) for step in steps):
-        backend.normalizer = Chain([Lowercase(), *steps])
 
 
 def unreadable(texts: Sequence[object]) -> InputTypeError:

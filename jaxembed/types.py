@@ -1,6 +1,7 @@
 """Values that travel between the floors: frozen, numpy only. Knows neither text nor JAX."""
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -40,12 +41,15 @@ class Encoding:
         prompt_length: leading tokens that pooling leaves out (0 unless the model says `include_prompt: false`).
         second_start: where the second text of a pair begins; 0 where there is only one.
         task: which of the model's tasks it asks for; `NO_TASK` for none.
+        attended: how many of the ids, the first ones, attention sees; None: all. The others see those, and have
+            outputs of their own (ColBERT's query expansion).
     """
 
     ids: Int32
     prompt_length: int = 0
     second_start: int = 0
     task: int = NO_TASK
+    attended: int | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -73,7 +77,7 @@ class Batch:
     Attributes:
         bucket: the shape.
         input_ids: int32 [B, T], right-padded.
-        lengths: int32 [B], real tokens per row; 0 for a row of padding.
+        lengths: int32 [B], tokens per row that attention sees; 0 for a row of padding.
         prompt_lengths: int32 [B], leading tokens that pooling leaves out.
         dimensions: int32 [B], matryoshka size per row.
         normalize: bool [B], L2-normalise this row?
@@ -208,9 +212,21 @@ class Head(Names):
         build: (the encoder's Config, config.json, matmul dtype name) -> the NNX module. For "sequence-classification"
             it maps (hidden [B, T, D], mask [B, T]) to logits [B, L]; for "fill-mask" (hidden [B, T, D], the encoder,
             whose word table it may share) to logits [B, T, V].
+        own_table: the path of the table that it holds only where it does not share the encoder's.
     """
 
     build: Callable[[Any, Mapping[str, Any], str], Any]
+    own_table: str | None = None
+
+    def fitted(self, config: Mapping[str, Any], stored: Container[str]) -> Mapping[str, Any]:
+        """config.json, corrected by what a checkpoint holds: a table that is stored is never shared, whatever it says.
+
+        Args:
+            config: config.json, whose `tie_word_embeddings` says whether the word table is shared.
+            stored: names in the checkpoint.
+        """
+        own = self.own_table is not None and self.weights[self.own_table].name in stored
+        return {**config, "tie_word_embeddings": False} if own else config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +240,7 @@ class Architecture(Names):
         tasks: (config.json) -> names of the tasks among which each row may choose, as of task adapters.
         heads: task (`SEQUENCE_CLASSIFICATION`, `FILL_MASK`) -> its head.
         default_length: tokens an input may have where neither the checkpoint nor the positions say.
+        sparse: whether its module gives weights over the vocabulary, `sparse(tokens)` [B, V], and no hidden states.
     """
 
     model_type: str
@@ -232,6 +249,7 @@ class Architecture(Names):
     tasks: Callable[[Mapping[str, Any]], Sequence[str]] = field(default=no_tasks)
     heads: Mapping[str, Head] = field(default_factory=dict)
     default_length: int = 512
+    sparse: bool = False
 
     def with_head(self, head: Head, config: Mapping[str, Any]) -> "Architecture":
         """The same whose module holds a head's module as `head`.
@@ -246,13 +264,19 @@ class Architecture(Names):
             module.head = head.build(read, config, dtype)
             return module
 
-        beside = {f"head.{path}": weight for path, weight in head.weights.items()}
+        heads = [
+            {f"head.{path}": weight for path, weight in table.items()} for table in (head.weights, *head.alternatives)
+        ]
+        first, *others = ({**table, **beside} for table in (self.weights, *self.alternatives) for beside in heads)
+        # What the encoder alone may leave over is the head's own now: of its names none may be missing or unknown.
+        own = [weight.name for table in heads for weight in table.values()]
+        ignored = [pattern for pattern in self.ignored if not any(re.fullmatch(pattern, name) for name in own)]
         return replace(
             self,
             build=build,
-            weights={**self.weights, **beside},
-            alternatives=tuple({**table, **beside} for table in self.alternatives),
-            ignored=(*self.ignored, *head.ignored),
+            weights=first,
+            alternatives=tuple(others),
+            ignored=(*ignored, *head.ignored),
             renames=(*self.renames, *head.renames),
         )
 

@@ -115,7 +115,7 @@ def best_names(names: Names, structure: Structure, keys: Mapping[str, str]) -> t
 
     def found(choice: tuple[str, list[Weight]]) -> int:
         prefix, wanted = choice
-        return sum(prefix + weight.name in keys for weight in wanted)
+        return sum(prefix + weight.name in keys or weight.name in keys for weight in wanted)
 
     tables = (names.weights, *names.alternatives)
     choices = [[checkpoint_name(names, table, path) for path in structure.paths] for table in tables]

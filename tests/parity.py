@@ -6,6 +6,7 @@ compare layer by layer. Knows no architecture but the tiny BERT that other tests
 
 import string
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedModel, PreTrainedTokenizerFast
 
+from jaxembed.checkpoint import Checkpoint
 from jaxembed.layers import Tokens
 from jaxembed.loading import load
 from jaxembed.sharding import make_mesh
+from jaxembed.types import Pooling as Mean
 
 __all__ = [
     "TINY",
@@ -154,26 +157,33 @@ def check_parity(
     Returns:
         The largest absolute difference, for the record.
     """
-    model = load(save(hf_model, folder), mesh=make_mesh(jax.devices()[:1]))
+    # A decoder's folder would get the last token: what is pooled is not the question here.
+    checkpoint = replace(Checkpoint.open(save(hf_model, folder)), modules=(Mean(),))
+    model = load(checkpoint, mesh=make_mesh(jax.devices()[:1]))
     length = model.max_length
     lengths = np.array([length, 1, 2, length // 2, length - 1, length, 0], np.int32)
     random = np.random.default_rng(seed)
     ids = random.integers(0, model.config.vocab_size, (len(lengths), length), np.int32)
     mask = np.arange(length)[None, :] < lengths[:, None]
+    # As in pairs of texts, where the original knows two types.
+    paired = getattr(getattr(hf_model, "config", None), "type_vocab_size", 0) > 1
+    types = random.integers(0, 2 if paired else 1, ids.shape, np.int32)
 
     @jax.jit
-    def ours(leaves: Any, ids: jax.Array, mask: jax.Array) -> Any:
+    def ours(leaves: Any, ids: jax.Array, mask: jax.Array, types: jax.Array) -> Any:
         rows = ids.shape[0]
-        tokens = Tokens.plain(ids, mask)
+        tokens = Tokens.plain(ids, mask)._replace(token_types=types)
         states = model.encoder(leaves).hidden_states(tokens)
         none = jnp.zeros(rows, jnp.int32)
         return states, model.embed(leaves, tokens, none, none + model.dimension, none.astype(bool))
 
-    states, vectors = ours(model.leaves, ids, mask)
+    states, vectors = ours(model.leaves, ids, mask, types)
     real = lengths > 0
     # Our padding holds random ids and torch's the padding token: what stands there must not matter.
     torch_ids = torch.from_numpy(np.where(mask, ids, 0)[real].astype(np.int64))
     torch_mask = torch.from_numpy(mask[real].astype(np.int64))
+    if paired:
+        call = {"token_type_ids": torch.from_numpy(types[real].astype(np.int64)), **call}
     with torch.no_grad():
         output = hf_model(input_ids=torch_ids, attention_mask=torch_mask, output_hidden_states=True, **call)
         pooled = Pooling(output.last_hidden_state.shape[-1], "mean")(

@@ -5,21 +5,73 @@ from types import MappingProxyType
 from typing import Any
 
 from jaxembed.errors import UnsupportedModelError
-from jaxembed.models import bert, roberta
+from jaxembed.models import (
+    albert,
+    bert,
+    distilbert,
+    electra,
+    ernie,
+    eurobert,
+    gemma3_text,
+    gte,
+    jina_bert_v2,
+    jina_embeddings_v3,
+    llama,
+    mistral,
+    modernbert,
+    mpnet,
+    nomic_bert,
+    qwen2,
+    qwen3,
+    roberta,
+    sparse_static_embedding,
+    static_embedding,
+    t5,
+)
 from jaxembed.types import Architecture
 
 __all__ = ["REGISTRY", "REMOTE", "architecture"]
 
 REGISTRY: Mapping[str, Architecture] = MappingProxyType(
     {
+        "albert": albert.ARCHITECTURE,
         "bert": bert.ARCHITECTURE,
         "camembert": roberta.ARCHITECTURE,
+        "distilbert": distilbert.ARCHITECTURE,
+        "electra": electra.ARCHITECTURE,
+        "ernie": ernie.ARCHITECTURE,
+        "eurobert": eurobert.ARCHITECTURE,
+        "gemma3_text": gemma3_text.ARCHITECTURE,
+        "gte": gte.ARCHITECTURE,
+        "jina_embeddings_v3": jina_embeddings_v3.ARCHITECTURE,
+        "llama": llama.ARCHITECTURE,
+        "mistral": mistral.ARCHITECTURE,
+        "modernbert": modernbert.ARCHITECTURE,
+        "mpnet": mpnet.ARCHITECTURE,
+        "mt5": t5.ARCHITECTURE,
+        "new": gte.ARCHITECTURE,
+        "nomic_bert": nomic_bert.ARCHITECTURE,
+        "qwen2": qwen2.ARCHITECTURE,
+        "qwen3": qwen3.ARCHITECTURE,
         "roberta": roberta.ARCHITECTURE,
+        "sparse_static_embedding": sparse_static_embedding.ARCHITECTURE,
+        "static_embedding": static_embedding.ARCHITECTURE,
+        "t5": t5.ARCHITECTURE,
         "xlm-roberta": roberta.ARCHITECTURE,
     }
 )
 
-REMOTE: Mapping[str, Architecture] = MappingProxyType({})
+REMOTE: Mapping[str, Architecture] = MappingProxyType(
+    {
+        "EuroBertModel": eurobert.ARCHITECTURE,
+        "GteModel": gte.ARCHITECTURE,
+        "JinaBertModel": jina_bert_v2.ARCHITECTURE,
+        "NewModel": gte.ARCHITECTURE,
+        "NomicBertModel": nomic_bert.ARCHITECTURE,
+        "Qwen2Model": qwen2.ORIGINAL,
+        "XLMRobertaLoRA": jina_embeddings_v3.ORIGINAL,
+    }
+)
 """Class that a config.json's `auto_map` names as AutoModel -> the architecture that replaces that remote code."""
 
 

@@ -1,10 +1,12 @@
 """BERT (https://arxiv.org/abs/1810.04805): a bidirectional encoder with learned positions and post-norm.
 
-Reference: transformers' `BertModel` without its pooler. Proven on all-MiniLM-L6-v2 and on random configurations.
+Reference: transformers' `BertModel` without its pooler, and the heads of `BertForSequenceClassification` and
+`BertForMaskedLM`. Proven on all-MiniLM-L6-v2 and on random configurations.
 """
 
 from jaxembed.blocks import BERT_WEIGHTS, OLD_NORM_NAMES, BertConfig, BertEmbeddings, PostNormEncoder
-from jaxembed.types import Architecture
+from jaxembed.heads import classifier_head, masked_lm_head
+from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION, Architecture
 
 __all__ = ["ARCHITECTURE", "Config", "build"]
 
@@ -18,6 +20,17 @@ def build(config: Config, dtype: str) -> PostNormEncoder:
 
 IGNORED = (r"embeddings\.position_ids", r"pooler\..*", r"cls\..*", r"classifier\..*")
 
+HEADS = {
+    SEQUENCE_CLASSIFICATION: classifier_head("pooler.dense", "classifier"),
+    FILL_MASK: masked_lm_head(
+        "cls.predictions.transform.dense",
+        "cls.predictions.transform.LayerNorm",
+        "cls.predictions.decoder",
+        bias="cls.predictions.bias",
+        ignored=(r"cls\.seq_relationship\..*",),
+    ),
+}
+
 ARCHITECTURE = Architecture(
     model_type="bert",
     config=Config.from_hf,
@@ -26,4 +39,5 @@ ARCHITECTURE = Architecture(
     ignored=IGNORED,
     prefixes=("", "bert."),
     renames=OLD_NORM_NAMES,
+    heads=HEADS,
 )

@@ -1,13 +1,15 @@
 """RoBERTa (https://arxiv.org/abs/1907.11692), XLM-RoBERTa (1911.02116), CamemBERT (1911.03894): BERT with other places.
 
 Reference: transformers' `RobertaModel`, `XLMRobertaModel` and `CamembertModel` without pooler, which are one
-computation. Places count from `pad_token_id + 1`: 514 positions mean 512 tokens. Proven on random configurations.
+computation, and the heads of their `...ForSequenceClassification` and `...ForMaskedLM`. Places count from
+`pad_token_id + 1`: 514 positions mean 512 tokens. Proven on random configurations.
 """
 
 from dataclasses import dataclass
 
 from jaxembed.blocks import BERT_WEIGHTS, OLD_NORM_NAMES, BertConfig, BertEmbeddings, PostNormEncoder
-from jaxembed.types import Architecture
+from jaxembed.heads import classifier_head, masked_lm_head
+from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION, Architecture
 
 __all__ = ["ARCHITECTURE", "Config", "build"]
 
@@ -31,6 +33,13 @@ def build(config: Config, dtype: str) -> PostNormEncoder:
 
 IGNORED = (r"embeddings\.position_ids", r"pooler\..*", r"lm_head\..*", r"classifier\..*")
 
+HEADS = {
+    SEQUENCE_CLASSIFICATION: classifier_head("classifier.dense", "classifier.out_proj"),
+    FILL_MASK: masked_lm_head(
+        "lm_head.dense", "lm_head.layer_norm", "lm_head.decoder", bias="lm_head.bias", act=lambda config: "gelu"
+    ),
+}
+
 ARCHITECTURE = Architecture(
     model_type="roberta",
     config=Config.from_hf,
@@ -39,4 +48,5 @@ ARCHITECTURE = Architecture(
     ignored=IGNORED,
     prefixes=("", "roberta."),
     renames=OLD_NORM_NAMES,
+    heads=HEADS,
 )

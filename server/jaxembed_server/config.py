@@ -112,6 +112,9 @@ class ServerConfig:
     )
     dtype: str = setting("float32", one_of("float32", "bfloat16"), "of the model's matrices")
     revision: str | None = setting(None, str, "branch, tag or commit of the model on the hub")
+    route: str | None = setting(
+        None, str, "which route to serve of a model that parts queries from documents (default: the model's own)"
+    )
     cache_dir: Path | None = setting(None, Path, "folder for compiled executables (default: ~/.cache/jaxembed)")
     max_length: int | None = setting(None, integer(1), "tokens an input may have (default: the model's own number)")
     max_batch_tokens: int | None = setting(

@@ -1,13 +1,15 @@
 """The model that is served: what it consists of, and how it is loaded and warmed."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from jaxembed.checkpoint import Checkpoint
 from jaxembed.embedder import Embedder
+from jaxembed.errors import UnsupportedModelError
 from jaxembed.matryoshka import Matryoshka, Policy
 from jaxembed.tokenizer import Tokenizer
+from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION
 from jaxembed.warmup import cache_folder, use_cache, warm
 from jaxembed_server.batcher import Engine
 from jaxembed_server.config import ServerConfig
@@ -25,6 +27,8 @@ class Loaded:
     tokenizer: Tokenizer
     engine: Engine
     matryoshka: Matryoshka
+    tasks: Sequence[str] = ()
+    """Among which an input may choose, in the order of their numbers."""
 
 
 Progress = Callable[[int, int], None]
@@ -41,12 +45,13 @@ def load_model(config: ServerConfig, progress: Progress) -> Loaded:
         ValueError: a setting does not fit the model.
     """
     use_cache(cache_folder(config.cache_dir))
+    chosen = choose_route(Checkpoint.open(config.model, revision=config.revision), config.route)
+    check_gives_vectors(chosen)
     embedder = Embedder.from_pretrained(
-        config.model,
+        chosen,
         dtype=config.dtype,
         max_length=config.max_length,
         max_batch_tokens=config.max_batch_tokens,
-        revision=config.revision,
     )
     total, done = len(embedder.engine.ladder), 0
     progress(done, total)
@@ -66,4 +71,46 @@ def load_model(config: ServerConfig, progress: Progress) -> Loaded:
         policy=Policy(config.matryoshka),
         override=config.matryoshka_dimensions,
     )
-    return Loaded(checkpoint, embedder.tokenizer, embedder.engine, matryoshka)
+    return Loaded(checkpoint, embedder.tokenizer, embedder.engine, matryoshka, embedder.model.tasks)
+
+
+def choose_route(checkpoint: Checkpoint, route: str | None) -> Checkpoint:
+    """The checkpoint that all inputs go through: of the route asked for, or of the default one.
+
+    Raises:
+        ValueError: there is no such route; or none is asked for, and the model has no default one.
+    """
+    if not checkpoint.routes:
+        if route is not None:
+            raise ValueError(f"--route is {route!r}, but this model has no routes")
+        return checkpoint
+    listed = ", ".join(checkpoint.routes)
+    chosen = checkpoint.default_route if route is None else route
+    if chosen is None:
+        raise ValueError(f"this model has no default route: choose one with --route; allowed: {listed}")
+    if chosen not in checkpoint.routes:
+        raise ValueError(f"--route is {chosen!r}; allowed: {listed}")
+    return checkpoint.routes[chosen]
+
+
+def check_gives_vectors(checkpoint: Checkpoint) -> None:
+    """A model must give one vector for a text, and be meant to.
+
+    Raises:
+        UnsupportedModelError: it does not; the message says what it gives.
+    """
+    # A cross-encoder without modules.json looks like an encoder with one layer too many.
+    scores = checkpoint.extra.get("model_type") == "CrossEncoder" or "sentence_transformers" in checkpoint.config
+    if checkpoint.pooling is not None and not (checkpoint.head == SEQUENCE_CLASSIFICATION and scores):
+        return
+    given = "a vector for each token"
+    if checkpoint.head == SEQUENCE_CLASSIFICATION:
+        given = "scores of pairs (a cross-encoder)"
+    elif checkpoint.head == FILL_MASK or checkpoint.config["model_type"] == "sparse_static_embedding":
+        given = "sparse vectors"
+    elif checkpoint.late is not None:
+        given = "a vector for each token (late interaction)"
+    raise UnsupportedModelError(
+        f"this model gives {given}; the server serves models that give one vector for a text. The library has the "
+        "others: jaxembed.Embedder"
+    )

@@ -84,7 +84,8 @@ FIELDS: Mapping[str, Mapping[str, Any]] = {
     },
     "prompt_name": {
         "type": "string",
-        "description": "Which of the model's prompts to put before each text. `input_type` is the same.",
+        "description": "Which of the model's prompts to put before each text; of a model with task adapters, the task "
+        "too. `input_type` is the same.",
     },
     "prompt": {"type": "string", "description": "A text to put before each text; wins over `prompt_name`."},
     "priority": {"type": "integer", "default": 0, "description": "Lower goes first."},

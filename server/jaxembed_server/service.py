@@ -16,7 +16,7 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
-from jaxembed.embedder import choose_prompt
+from jaxembed.embedder import choose_prompt, task_number
 from jaxembed.errors import InputError, NonFiniteError
 from jaxembed.matryoshka import Policy
 from jaxembed.types import Encoding
@@ -201,7 +201,8 @@ class Service:
 
     def _dimensions(self, request: EmbeddingRequest, loaded: Loaded) -> int:
         if request.dimensions is None:
-            return loaded.checkpoint.dimensions or loaded.engine.dimension
+            # A `truncate_dim` beyond the size cuts nothing.
+            return min(loaded.checkpoint.dimensions or loaded.engine.dimension, loaded.engine.dimension)
         trained = loaded.matryoshka.check(request.dimensions)
         if not trained and loaded.matryoshka.policy is Policy.WARN:
             logger.warning("dimensions is %d, for which this model is not known to be trained", request.dimensions)
@@ -220,14 +221,17 @@ class Service:
             )
 
         def work() -> list[Encoding]:
+            # Task adapters go by the names of their prompts.
+            task = task_number(loaded.tasks, None, request.prompt_name)
             if request.token_ids is not None:
-                return tokenizer.encode_ids(request.token_ids, truncate_to=cut, side=request.truncation_side)
+                return tokenizer.encode_ids(request.token_ids, truncate_to=cut, side=request.truncation_side, task=task)
             return tokenizer.encode_texts(
                 request.texts or (),
                 prompt=choose_prompt(loaded.checkpoint, request.prompt, request.prompt_name),
                 add_special_tokens=request.add_special_tokens,
                 truncate_to=cut,
                 side=request.truncation_side,
+                task=task,
             )
 
         encodings = await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)

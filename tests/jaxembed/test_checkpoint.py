@@ -72,14 +72,14 @@ def test_modules_of_both_namespaces(tmp_path: Path, old: bool) -> None:
     assert found.folder == tmp_path
 
 
-def test_modules_go_by_their_index_and_paths(tmp_path: Path) -> None:
-    """The list may stand in any order, and the transformer in a folder of its own."""
+def test_modules_go_by_their_order_and_paths(tmp_path: Path) -> None:
+    """As there, `idx` counts for nothing; the transformer may stand in a folder of its own."""
     listed = modules("Transformer", "Pooling", old=True)
-    listed[0]["path"] = "0_Transformer"
+    listed[0] |= {"path": "0_Transformer", "idx": 7}
     folder = write(
         tmp_path,
         {
-            "modules.json": listed[::-1],
+            "modules.json": listed,
             "0_Transformer/config.json": CONFIG,
             "0_Transformer/sentence_bert_config.json": {"max_seq_length": 77, "do_lower_case": True},
             "1_Pooling/config.json": {"pooling_mode_max_tokens": True},
@@ -256,9 +256,7 @@ def test_a_file_that_is_no_json_object(tmp_path: Path, name: str, content: bytes
         Checkpoint.open(folder)
 
 
-@pytest.mark.parametrize(
-    "content", [b"{", {"idx": 0}, [{"idx": 0}], [3], 3, [{"idx": "x", "type": "Transformer", "path": ""}]]
-)
+@pytest.mark.parametrize("content", [b"{", {"idx": 0}, [{"idx": 0}], [3], 3, [{"idx": 0, "type": "Transformer"}]])
 def test_a_broken_modules_file(tmp_path: Path, content: Any) -> None:
     """The message names the file."""
     folder = write(tmp_path, {"config.json": CONFIG, "modules.json": content})
@@ -321,7 +319,14 @@ def test_the_local_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert Checkpoint.open("somebody/model").config == CONFIG
 
 
-@pytest.mark.parametrize("files", [["config.json"], ["model.safetensors"], ["README.md"]])
+def test_a_model_without_a_config_in_the_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Static embeddings have modules.json and a table."""
+    snapshot = hub_cache(tmp_path, "somebody/table", "modules.json", "0_StaticEmbedding/model.safetensors")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert resolve("somebody/table").resolve() == snapshot.resolve()
+
+
+@pytest.mark.parametrize("files", [["config.json"], ["modules.json"], ["model.safetensors"], ["README.md"]])
 def test_a_hub_cache_that_holds_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: list[str]) -> None:
     """As after a download cut short: not taken for the whole, and the message says that it is there."""
     hub_cache(tmp_path, "somebody/model", *files)

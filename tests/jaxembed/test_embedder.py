@@ -15,7 +15,7 @@ from parity import save_sentence_transformer, tiny_bert
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import SimilarityFunction
 
-from jaxembed import Bucket, Embedder, Ladder, embedder, make_mesh
+from jaxembed import Bucket, Embedder, Ladder, make_mesh, runner
 from jaxembed.errors import (
     CheckpointNotFoundError,
     DimensionsError,
@@ -162,7 +162,7 @@ def test_an_unknown_prompt_name(model: Embedder) -> None:
 
 
 def test_queries_and_documents(model: Embedder) -> None:
-    """The task's prompt, the first there is, unless the caller asks for one; else the default."""
+    """The task's prompt, the first there is, unless the caller asks for one; the default is for neither of the two."""
     np.testing.assert_array_equal(model.encode_query("a"), model.encode("q a"))
     np.testing.assert_array_equal(model.encode_document("a"), model.encode("p a"))
     np.testing.assert_array_equal(model.encode_document("a", prompt_name="query"), model.encode("q a"))
@@ -173,7 +173,8 @@ def test_queries_and_documents(model: Embedder) -> None:
     np.testing.assert_array_equal(corpus.encode_query("a"), model.encode("a"))
     document = with_checkpoint(model, prompts={"passage": "p ", "document": "d "}, default_prompt_name="passage")
     np.testing.assert_array_equal(document.encode_document("a"), model.encode("d a"))
-    np.testing.assert_array_equal(document.encode_query("a"), model.encode("p a"))
+    np.testing.assert_array_equal(document.encode_query("a"), model.encode("a"))
+    np.testing.assert_array_equal(document.encode("a"), model.encode("p a"))
 
 
 @pytest.mark.parametrize("measure", ["cosine", "dot", "euclidean", "manhattan"])

@@ -155,7 +155,8 @@ def test_prompts_are_left_out_per_row(tmp_path: Path, rows: int) -> None:
     """With a model that leaves prompts out, two rows that differ in their prompt length only differ."""
     folder = save_checkpoint(tiny_bert(num_hidden_layers=1), tmp_path)
     (folder / "modules.json").write_text(
-        '[{"idx": 0, "path": "", "type": "x.Transformer"}, {"idx": 1, "path": "1_Pooling", "type": "x.Pooling"}]'
+        '[{"idx": 0, "path": "", "type": "sentence_transformers.models.Transformer"},'
+        ' {"idx": 1, "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]'
     )
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode": "mean", "include_prompt": false}')

@@ -190,6 +190,7 @@ def test_a_header_that_claims_to_be_huge(tmp_path: Path) -> None:
 def test_a_pickle_is_refused_with_the_way_out(name: str, tmp_path: Path) -> None:
     """Loading one may run code; the message says how to convert it."""
     (tmp_path / name).write_bytes(b"\x80\x04.")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(PickledCheckpointError, match=f"{name}, which may run code .*save_pretrained"):
         Tensors(tmp_path)
 

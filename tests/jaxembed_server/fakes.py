@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -83,6 +84,9 @@ class FakeBackend:
             ids, mask = [1, *ids, 2], [1, *mask, 1]
         return SimpleNamespace(ids=ids, special_tokens_mask=mask)
 
+    def post_process(self, encoding: Any) -> SimpleNamespace:
+        return SimpleNamespace(special_tokens_mask=[1, *[0] * len(encoding.ids), 1])
+
     def encode_batch_fast(self, texts: list[str], add_special_tokens: bool = True) -> list[SimpleNamespace]:
         for text in texts:
             text.encode()
@@ -94,15 +98,28 @@ def ids_of(text: str) -> list[int]:
     return FakeBackend().encode(text).ids
 
 
-def loaded(engine: FakeEngine, *, sizes: tuple[int, ...] | None = (2, 3), normalize: bool = False) -> Loaded:
+def loaded(
+    engine: FakeEngine,
+    *,
+    sizes: tuple[int, ...] | None = (2, 3),
+    normalize: bool = False,
+    dimensions: int | None = None,
+    tasks: tuple[str, ...] = (),
+) -> Loaded:
     """A model around a fake engine."""
     return Loaded(
         checkpoint=Checkpoint(
-            name="fake", folder=Path(), config={}, normalize=normalize, prompts={"query": "q:", "document": "d:"}
+            name="fake",
+            folder=Path(),
+            config={},
+            normalize=normalize,
+            prompts={"query": "q:", "document": "d:"},
+            dimensions=dimensions,
         ),
         tokenizer=Tokenizer(FakeBackend(), special_ids=frozenset({1, 2}), vocab_size=VOCAB, max_length=MAX_LENGTH),
         engine=engine,
         matryoshka=Matryoshka(engine.dimension, sizes or (), sizes is not None),
+        tasks=tasks,
     )
 
 

@@ -14,6 +14,7 @@ from quart import Quart
 from quart.typing import TestClientProtocol as Client
 
 from jaxembed.errors import CheckpointNotFoundError
+from jaxembed.types import NO_TASK
 from jaxembed_server.app import create_app, service_of
 from jaxembed_server.config import ServerConfig
 from jaxembed_server.model import Loaded, Progress
@@ -140,6 +141,27 @@ def test_normalisation_is_the_models_unless_asked_for() -> None:
 
     run(test, engine, model={"normalize": True})
     assert [bool(batch.normalize[0]) for batch in engine.batches] == [True, False, True]
+
+
+def test_a_prompts_name_chooses_the_task() -> None:
+    engine = FakeEngine()
+
+    async def test(client: Client) -> None:
+        for fields in ({}, {"prompt_name": "query"}, {"input_type": "document"}, {"prompt": "x"}):
+            assert (await post(client, input="a", **fields))[0] == 200
+        assert (await post(client, input=[5], prompt_name="document"))[0] == 200
+
+    run(test, engine, model={"tasks": ("document", "other", "query")})
+    assert [int(batch.tasks[0]) for batch in engine.batches] == [NO_TASK, 2, 0, NO_TASK, 0]
+
+
+@pytest.mark.parametrize(("size", "expected"), [(None, 4), (2, 2), (9, 4)])
+def test_the_models_own_default_size(size: int | None, expected: int) -> None:
+    async def test(client: Client) -> None:
+        _, body, _ = await post(client, input="a")
+        assert len(body["data"][0]["embedding"]) == expected
+
+    run(test, model={"dimensions": size})
 
 
 def test_usage_counts_the_tokens_that_were_run() -> None:

@@ -1,0 +1,191 @@
+"""Loading what is served: routes, task adapters, and the models that are refused at the start."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from folders import save, tiny_transformer, write
+from parity import TINY, randomise, save_checkpoint
+from sentence_transformers import CrossEncoder, MultiVectorEncoder, SparseEncoder
+from sentence_transformers.base.modules import Router
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
+from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding
+from torch import nn
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
+
+from jaxembed import Embedder
+from jaxembed.buckets import Row, pack
+from jaxembed.errors import UnsupportedModelError
+from jaxembed_server.cli import main
+from jaxembed_server.config import ServerConfig, from_sources
+from jaxembed_server.model import Loaded, load_model
+
+WIDTH = 16
+
+
+@pytest.fixture(autouse=True)
+def no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder of executables is the process's: it stays the one of the session."""
+    monkeypatch.setattr("jaxembed_server.model.use_cache", lambda folder: None)
+
+
+def loaded(folder: Path, **settings: Any) -> Loaded:
+    """What the server makes of a folder, and how far it says it is."""
+    seen: list[tuple[int, int]] = []
+    config = ServerConfig(model=str(folder), max_batch_tokens=32, **settings)
+    found = load_model(config, lambda done, total: seen.append((done, total)))
+    assert seen[-1][0] == seen[-1][1] > 0
+    return found
+
+
+def vector(model: Loaded, text: str) -> np.ndarray:
+    """A text through the tokenizer and the engine that are served."""
+    encoding = model.tokenizer.encode_texts([text])[0]
+    row = Row(encoding, model.engine.dimension, model.checkpoint.normalize, 0)
+    bucket = model.engine.ladder.plan([len(encoding)])[0].bucket
+    return model.engine.run(pack(bucket, [row]))[0]
+
+
+def dense(seed: int, after: int) -> Dense:
+    """A random Dense."""
+    return randomise(Dense(WIDTH, after, activation_function=nn.Identity()), seed)
+
+
+@pytest.fixture(scope="module")
+def routed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of two routes, of which the second is the default one."""
+    folder = tmp_path_factory.mktemp("routed")
+    first = tiny_transformer(folder / "hf", num_hidden_layers=1)
+    router = Router.for_query_document([dense(1, 8)], [dense(2, 12), Normalize()])
+    return save(folder / "model", [first, Pooling(WIDTH, "mean"), router])
+
+
+@pytest.mark.parametrize(
+    ("route", "dimension", "normalize"), [(None, 12, True), ("document", 12, True), ("query", 8, False)]
+)
+def test_one_route_is_served(route: str | None, dimension: int, normalize: bool, routed: Path) -> None:
+    """The default one, or the one that is named; the others are not loaded."""
+    found = loaded(routed, route=route)
+    assert found.engine.dimension == dimension
+    assert found.checkpoint.normalize == normalize
+    want = Embedder.from_pretrained(routed).encode("a b c", task=route)
+    np.testing.assert_allclose(vector(found, "a b c"), want, rtol=0, atol=1e-6)
+
+
+def test_a_route_must_be_there(routed: Path, tiny_folder: Path) -> None:
+    """The message names the setting, its value and what is allowed."""
+    with pytest.raises(ValueError, match="--route is 'other'; allowed: query, document"):
+        loaded(routed, route="other")
+    with pytest.raises(ValueError, match="--route is 'query', but this model has no routes"):
+        loaded(tiny_folder, route="query")
+
+
+def test_a_route_must_be_named_where_there_is_no_default(routed: Path, tmp_path: Path) -> None:
+    """Texts of no task would be refused, and requests name none."""
+    write(tmp_path, {str(p.relative_to(routed)): p.read_bytes() for p in routed.rglob("*") if p.is_file()})
+    name = "2_Router/router_config.json"
+    config = json.loads((tmp_path / name).read_text())
+    config["parameters"] |= {"default_route": None, "allow_empty_key": False}
+    write(tmp_path, {name: config})
+    with pytest.raises(ValueError, match="has no default route: choose one with --route; allowed: query, document"):
+        loaded(tmp_path)
+    assert loaded(tmp_path, route="query").engine.dimension == 8
+
+
+def test_the_setting() -> None:
+    """A flag and a variable like the others."""
+    assert from_sources({}, {}).route is None
+    assert from_sources({}, {"JAXEMBED_ROUTE": "query"}).route == "query"
+    assert from_sources({"route": "document"}, {"JAXEMBED_ROUTE": "query"}).route == "document"
+
+
+def sparse(folder: Path) -> None:
+    """A SPLADE model as sentence-transformers writes it."""
+    hf = save_checkpoint(BertForMaskedLM(BertConfig(**TINY)), folder / "hf")
+    SparseEncoder(str(hf), device="cpu").save_pretrained(str(folder), create_model_card=False)
+
+
+def sparse_static(folder: Path) -> None:
+    """A weight for each token."""
+    tokenizer = tiny_transformer(folder / "hf").tokenizer
+    SparseEncoder(modules=[SparseStaticEmbedding(tokenizer)], device="cpu").save_pretrained(
+        str(folder), create_model_card=False
+    )
+
+
+def late(folder: Path) -> None:
+    """A ColBERT model as sentence-transformers writes it."""
+    tiny_transformer(folder / "hf")
+    MultiVectorEncoder(str(folder / "hf"), device="cpu").save_pretrained(str(folder), create_model_card=False)
+
+
+def cross(folder: Path) -> None:
+    """A cross-encoder as sentence-transformers writes it."""
+    hf = save_checkpoint(BertForSequenceClassification(BertConfig(**TINY, num_labels=1)), folder / "hf")
+    CrossEncoder(str(hf), device="cpu").save_pretrained(str(folder), create_model_card=False)
+
+
+def old_cross(folder: Path) -> None:
+    """A cross-encoder as versions 4 and 5 wrote it: a folder of transformers with a note in config.json."""
+    save_checkpoint(BertForSequenceClassification(BertConfig(**TINY, num_labels=1)), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["sentence_transformers"] = {"activation_fn": "torch.nn.modules.linear.Identity", "version": "4.1.0"}
+    write(folder, {"config.json": config})
+
+
+def tokens(folder: Path) -> None:
+    """A transformer and nothing behind it."""
+    save(folder, [tiny_transformer(folder / "hf")])
+
+
+@pytest.mark.parametrize(
+    ("make", "gives"),
+    [
+        (sparse, "sparse vectors;"),
+        (sparse_static, "sparse vectors;"),
+        (late, r"a vector for each token \(late interaction\);"),
+        (cross, r"scores of pairs \(a cross-encoder\);"),
+        (old_cross, r"scores of pairs \(a cross-encoder\);"),
+        (tokens, "a vector for each token;"),
+    ],
+)
+def test_models_that_give_something_else(make: Callable[[Path], None], gives: str, tmp_path: Path) -> None:
+    """Refused before their weights are read."""
+    make(tmp_path)
+    for file in tmp_path.glob("*.safetensors"):
+        file.write_bytes(b"")
+    if make is sparse_static:
+        make(tmp_path)
+    with pytest.raises(UnsupportedModelError, match=f"this model gives {gives} the server serves models that give one"):
+        loaded(tmp_path)
+
+
+def test_the_command_line_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Status 1, and one line without a traceback."""
+    tokens(tmp_path)
+    assert main(["serve", str(tmp_path), "--port", "0"]) == 1
+    assert "this model gives a vector for each token; the server serves" in capsys.readouterr().err
+
+
+def test_a_classifier_that_is_no_cross_encoder_is_an_encoder(tmp_path: Path) -> None:
+    """As sentence-transformers takes it: the mean of its hidden states."""
+    save_checkpoint(BertForSequenceClassification(BertConfig(**TINY, num_labels=3)), tmp_path)
+    assert loaded(tmp_path).engine.dimension == WIDTH
+
+
+def test_tasks_come_along(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the model that was loaded."""
+    load = Embedder.from_pretrained
+
+    def with_tasks(*args: Any, **options: Any) -> Embedder:
+        embedder = load(*args, **options)
+        embedder.model = dataclasses.replace(embedder.model, tasks=("query", "document"))
+        return embedder
+
+    assert loaded(tiny_folder).tasks == ()
+    monkeypatch.setattr(Embedder, "from_pretrained", with_tasks)
+    assert loaded(tiny_folder).tasks == ("query", "document")
