@@ -8,6 +8,7 @@ from jaxembed.errors import UnsupportedModelError
 from jaxembed.models import (
     albert,
     bert,
+    deberta_v2,
     distilbert,
     electra,
     ernie,
@@ -37,6 +38,7 @@ REGISTRY: Mapping[str, Architecture] = MappingProxyType(
         "albert": albert.ARCHITECTURE,
         "bert": bert.ARCHITECTURE,
         "camembert": roberta.ARCHITECTURE,
+        "deberta-v2": deberta_v2.ARCHITECTURE,
         "distilbert": distilbert.ARCHITECTURE,
         "electra": electra.ARCHITECTURE,
         "ernie": ernie.ARCHITECTURE,
