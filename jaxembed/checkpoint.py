@@ -13,16 +13,8 @@ from typing import Any
 
 from jaxembed.colbert import LateInteraction, read_late_interaction, read_projection
 from jaxembed.errors import CheckpointNotFoundError, CorruptCheckpointError, UnsupportedModelError
-from jaxembed.modules import (
-    Entries,
-    Entry,
-    Module,
-    Normalize,
-    WeightedLayerPooling,
-    read_json,
-    read_modules,
-    read_routes,
-)
+from jaxembed.modules import Module, Normalize, WeightedLayerPooling, read_modules
+from jaxembed.routes import Entries, Entry, read_json, read_routes
 from jaxembed.settings import changed, check_settings, has_chat_template, read_head, read_max_length, read_settings
 from jaxembed.tensors import Tensors
 from jaxembed.types import Pooling, PoolingMode, SpladePooling

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxembed.errors import CorruptCheckpointError, UnsupportedModelError
-from jaxembed.modules import Dense, Entry, read_json
+from jaxembed.modules import Dense
+from jaxembed.routes import Entry, read_json
 from jaxembed.settings import calls, options
 from jaxembed.tensors import Tensors
 

@@ -22,25 +22,18 @@ from jaxembed.checkpoint import Checkpoint
 from jaxembed.engine import Engine
 from jaxembed.errors import (
     DimensionsError,
-    InputTypeError,
-    PromptNameError,
     TaskNameError,
     UnsupportedModelError,
 )
+from jaxembed.inputs import DOCUMENT, QUERY, SIDES, Inputs, choose_prompt, listed, task_number
 from jaxembed.late_interaction import TokenVectors, max_similarity
 from jaxembed.loading import Model, Placed, load
 from jaxembed.runner import Runner
-from jaxembed.tokenizer import TokenIds, Tokenizer
-from jaxembed.types import NO_TASK, Encoding, Output
+from jaxembed.similarity import compare
+from jaxembed.tokenizer import Tokenizer
+from jaxembed.types import Encoding, Output
 
-__all__ = ["Embedder", "Inputs", "choose_prompt", "task_number"]
-
-Inputs = str | Sequence[str] | TokenIds | Sequence[TokenIds]
-
-QUERY = ("query", "retrieval.query")
-DOCUMENT = ("document", "passage", "corpus", "retrieval.passage")
-"""Names under which models keep the prompts and tasks of the two sides of a search."""
-SIDES = {"query": QUERY, "document": DOCUMENT}
+__all__ = ["Embedder"]
 
 
 class Embedder:
@@ -507,20 +500,7 @@ class Embedder:
         """
         if sparse.is_sparse(a) or sparse.is_sparse(b):
             return sparse.compare(a, b, self.model.checkpoint.extra.get("similarity_fn_name") or "dot")
-        x, y = (np.atleast_2d(np.asarray(vectors, np.float32)) for vectors in (a, b))
-        measure = self.model.checkpoint.similarity
-        if measure == "cosine":
-            return np.asarray(unit_rows(x) @ unit_rows(y).T)
-        if measure == "dot":
-            return np.asarray(x @ y.T)
-        if measure == "euclidean":
-            return np.stack([-np.linalg.norm(row - y, axis=1) for row in x])
-        if measure == "manhattan":
-            return np.stack([-np.abs(row - y).sum(axis=1) for row in x])
-        raise UnsupportedModelError(
-            f"similarity_fn_name is {measure!r}; supported: cosine, dot, euclidean, manhattan; of vectors of tokens "
-            "max_similarity"
-        )
+        return compare(a, b, self.model.checkpoint.similarity)
 
     def _route(self, task: str | None) -> "Embedder":
         """Where inputs of a task go, or those of none."""
@@ -565,59 +545,3 @@ class Embedder:
         if options.get("task") is None:
             options["task"] = next((name for name in names if name in (*self.routes, *self.model.tasks)), None)
         return options
-
-
-def choose_prompt(checkpoint: Checkpoint, prompt: str | None, prompt_name: str | None) -> str:
-    """The text to put before an input: `prompt`, else the prompt named, else the default one, else "".
-
-    Raises:
-        PromptNameError: the model has no prompt of this name.
-    """
-    if prompt is not None:
-        return prompt
-    name = prompt_name if prompt_name is not None else checkpoint.default_prompt_name
-    if name is None:
-        return ""
-    if name not in checkpoint.prompts:
-        raise PromptNameError(name, sorted(checkpoint.prompts))
-    return checkpoint.prompts[name]
-
-
-def task_number(tasks: Sequence[str], task: str | None, prompt_name: str | None) -> int:
-    """The number of the task asked for: `task`, else the one of the prompt's name, else `NO_TASK`.
-
-    Raises:
-        TaskNameError: the model has no task of this name.
-    """
-    if task is not None:
-        if task not in tasks:
-            raise TaskNameError(task, sorted(tasks))
-        return tasks.index(task)
-    return tasks.index(prompt_name) if prompt_name in tasks else NO_TASK
-
-
-def listed(inputs: Inputs) -> tuple[Sequence[Any], bool]:
-    """The inputs as a list of strings or of token-id sequences, and whether it was a single one.
-
-    Raises:
-        InputTypeError: neither strings nor token ids, or a mixture.
-    """
-    if isinstance(inputs, str):
-        return [inputs], True
-    if isinstance(inputs, np.ndarray):
-        return ([inputs], True) if inputs.ndim == 1 and inputs.dtype.kind in "iu" else (list(inputs), False)
-    if not isinstance(inputs, Sequence) or isinstance(inputs, (bytes, bytearray)):
-        raise InputTypeError(f"the input must be a string, a list of strings or token ids, not {type(inputs).__name__}")
-    if inputs and all(isinstance(item, (int, np.integer)) and not isinstance(item, bool) for item in inputs):
-        return [inputs], True
-    texts = isinstance(inputs[0], str) if inputs else True
-    for index, item in enumerate(inputs):
-        if isinstance(item, str) is not texts or not isinstance(item, (str, Sequence, np.ndarray)):
-            wanted = "a string" if texts else "a list of token ids"
-            raise InputTypeError(f"input[{index}] must be {wanted}, not {type(item).__name__}", index=index)
-    return inputs, False
-
-
-def unit_rows(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Rows divided by their L2 norms, which count as at least 1e-12."""
-    return np.asarray(x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12), np.float32)

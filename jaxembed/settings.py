@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxembed.errors import CorruptCheckpointError, UnsupportedModelError
-from jaxembed.modules import read_json
+from jaxembed.routes import read_json
 from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION
 
 __all__ = [

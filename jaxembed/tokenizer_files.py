@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jaxembed.errors import CorruptCheckpointError, UnsupportedModelError
-from jaxembed.modules import read_json
+from jaxembed.routes import read_json
 
 __all__ = ["REMOTE", "Found", "around", "lower", "mark", "read_tokenizer", "read_tokenizer_json", "unknown_id"]
 

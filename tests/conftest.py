@@ -24,7 +24,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # These two refuse wrong types by themselves, with errors of their own that the tests must see.
-REFUSING = {"embedder", "tokenizer"}
+REFUSING = {"embedder", "inputs", "tokenizer"}
 package = importlib.util.find_spec("jaxembed").submodule_search_locations
 checked = [f"jaxembed.{module.name}" for module in pkgutil.iter_modules(package) if module.name not in REFUSING]
 jaxtyping.install_import_hook(checked, "beartype.beartype")

@@ -122,7 +122,7 @@ def originals(one: Measured) -> str:
     names = []
     for reference in sorted(one.references):
         name, _, rest = reference.partition(" ")
-        where = "" if hasattr(transformers, name) else "(in the tests)"
+        where = "" if hasattr(transformers, name) or rest == "of sentence-transformers" else "(in the tests)"
         names.append(" ".join(part for part in (f"`{name}`", rest, where) if part))
     return ", ".join(names) or "nothing yet"
 

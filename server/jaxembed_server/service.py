@@ -16,8 +16,8 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
-from jaxembed.embedder import choose_prompt, task_number
 from jaxembed.errors import InputError, NonFiniteError
+from jaxembed.inputs import choose_prompt, task_number
 from jaxembed.matryoshka import Policy
 from jaxembed.types import Encoding
 from jaxembed_server.batcher import Batcher
