@@ -1,10 +1,10 @@
 """GTE, the encoder of mGTE (https://arxiv.org/abs/2407.19669): BERT with rotary positions and a gated feed-forward.
 
 Reference: transformers' `GteModel` without its pooler. It also replaces the remote classes `NewModel` of
-Alibaba-NLP/new-impl (model_type "new") and `GteModel` of Snowflake's copy, which are the same computation under other
-names. Their static NTK scaling (`rope_scaling` of type "ntk") is read as what it comes to: theta times the factor, and
-every angle divided by factor^(2 / H). The heads are those of `GteForSequenceClassification` and `GteForMaskedLM`.
-Proven on random configurations, in all three forms.
+Alibaba-NLP/new-impl (model_type "new"; revision 40ced75c3017, as users pin it) and `GteModel` of Snowflake's copy,
+which are the same computation under other names. Their static NTK scaling (`rope_scaling` of type "ntk") is read as
+what it comes to: theta times the factor, and every angle divided by factor^(2 / H). The heads are those of
+`GteForSequenceClassification` and `GteForMaskedLM`. Proven on random configurations, in all three forms.
 """
 
 from collections.abc import Mapping

@@ -1,11 +1,11 @@
 """Jina Embeddings 2 (https://arxiv.org/abs/2310.19923): BERT whose places are told by ALiBi, mostly with a gated
 feed-forward.
 
-Reference: the remote class `JinaBertModel`, which it replaces, of jinaai/jina-bert-implementation; and its variant
-jinaai/jina-bert-v2-qk-post-norm, which normalises queries and keys over all heads, and the attention's result twice.
-transformers has neither. ALiBi (https://arxiv.org/abs/2108.12409) is symmetric here: a slope of each head's own, times
-the distance of query and key, is taken off the score. Proven on random configurations, against a torch module of the
-tests that computes what that code does.
+Reference: the remote class `JinaBertModel`, which it replaces, of jinaai/jina-bert-implementation (revision
+f3ec4cf7de7e, as users pin it); and its variant jinaai/jina-bert-v2-qk-post-norm, which normalises queries and keys over
+all heads, and the attention's result twice. transformers has neither. ALiBi (https://arxiv.org/abs/2108.12409) is
+symmetric here: a slope of each head's own, times the distance of query and key, is taken off the score. Proven on
+random configurations, against a torch module of the tests that computes what that code does.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,9 @@
 """Jina Embeddings v3 (https://arxiv.org/abs/2409.10173): XLM-RoBERTa with rotary positions and adapters for tasks.
 
 References: transformers' `JinaEmbeddingsV3Model`, and the remote class `XLMRobertaLoRA` of
-jinaai/xlm-roberta-flash-implementation, which this file replaces. Proven on random configurations; adapters against
-the same model with their products merged into its matrices (https://arxiv.org/abs/2106.09685, section 4.1).
+jinaai/xlm-roberta-flash-implementation (revision bd55a5ec8e6c, as users pin it), which this file replaces. Proven on
+random configurations; adapters against the same model with their products merged into its matrices
+(https://arxiv.org/abs/2106.09685, section 4.1).
 
 The original (jinaai/jina-embeddings-v3) holds its adapters in the file of its weights, one behind the other in each
 array; `lora_adaptations` in config.json names them, and they are this model's tasks. The port's repository

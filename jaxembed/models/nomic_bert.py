@@ -1,14 +1,15 @@
 """Nomic Embed (https://arxiv.org/abs/2402.01613) and its mixture of experts (https://arxiv.org/abs/2502.07972): BERT
 with rotary positions, and with a gated feed-forward or with experts.
 
-Reference: transformers' `NomicBertModel`, and the remote class of that name of nomic-ai/nomic-bert-2048, which it
-replaces, with its own configuration (`n_embd`, `rotary_emb_base`, ...). A config.json may hold both, as the hub's do
-today: they must agree, and the remote code's, which says more, is read. Proven on random configurations.
+Reference: transformers' `NomicBertModel`, and the remote class of that name of nomic-ai/nomic-bert-2048 (revision
+7710840340a0, as users pin it), which it replaces, with its own configuration (`n_embd`, `rotary_emb_base`, ...). A
+config.json may hold both, as the hub's do today: they must agree, and the remote code's, which says more, is read.
+Proven on random configurations.
 
-`rotary_scaling_factor` s slows the angles of texts longer than `max_trained_positions` M: theta is multiplied by
-(s T / M - s + 1)^(R / (R - 2)). The remote code takes the length of the padded batch for T, and keeps the longest it
-has met; here T is the length of each text, as there for a text alone in a fresh model. Where it is null the angles are
-the same at every length.
+`rotary_scaling_factor` s slows the angles of texts longer than `max_trained_positions` M: theta is multiplied by (s T /
+M - s + 1)^(R / (R - 2)). The remote code takes the length of the padded batch for T, and keeps the longest it has met;
+here T is the length of each text, as there for a text alone in a fresh model. Where it is null the angles are the same
+at every length.
 """
 
 from collections.abc import Mapping
