@@ -82,6 +82,11 @@ class Ladder:
         while rung < max_length:
             lengths.append(rung)
             rung *= 2
+        return cls.of_lengths(lengths, max_batch_tokens=max_batch_tokens, batch_multiple=batch_multiple)
+
+    @classmethod
+    def of_lengths(cls, lengths: Iterable[int], *, max_batch_tokens: int, batch_multiple: int = 1) -> "Ladder":
+        """Of each length the batch sizes 1, 4, 16, ... and the fullest; the arguments are those of `default`."""
         buckets = set()
         for length in lengths:
             most = max(1, max_batch_tokens // (length * batch_multiple))

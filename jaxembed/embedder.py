@@ -208,6 +208,32 @@ class Embedder:
                 bar.update(len(done.items))
         return result[0] if single else result
 
+    def refine(
+        self,
+        inputs: Inputs,
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+    ) -> Ladder:
+        """Choose and compile shapes for inputs like these, and use them from now on, if that pays.
+
+        The default ladder is ready soon and pads much. Before a large job, some hundred of its inputs are enough; the
+        compilations take half a minute or so.
+
+        Args:
+            inputs: a sample, as for `encode`.
+            prompt_name, prompt: as for `encode`.
+
+        Returns:
+            The ladder in use afterwards.
+
+        Raises:
+            InputError: one of its kinds, naming the item.
+        """
+        items, _ = listed(inputs)
+        tokenize = self._tokenize(items, prompt, prompt_name, None, truncate=True)
+        return self._runner.refine(Output.DENSE, tokenize(items))
+
     def encode_query(self, inputs: Inputs, **options: Any) -> npt.NDArray[np.float32]:
         """`encode` with the prompt, task and route named "query", if the model has them and no other is asked for; the
         default prompt is not used."""

@@ -6,7 +6,8 @@ call passes a flat tuple. A shape that was not compiled ahead is an error, never
 
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -71,16 +72,16 @@ class Engine:
         devices = model.mesh.shape[DATA]
         if max_batch_tokens is None:
             max_batch_tokens = MAX_BATCH_TOKENS.get(self.platform, OTHER_BATCH_TOKENS)
+        self.batch_multiple = devices
+        self.max_batch_tokens = max_batch_tokens * devices
+        self._locks: dict[Bucket, threading.Lock] = {}
         self.ladder = ladder or Ladder.default(
-            max_length=model.max_length, max_batch_tokens=max_batch_tokens * devices, batch_multiple=devices
+            max_length=model.max_length, max_batch_tokens=self.max_batch_tokens, batch_multiple=devices
         )
-        bad = [bucket for bucket in self.ladder.buckets if bucket.batch_size % devices]
-        if bad:
-            raise BucketError(f"the bucket {bad[0]} does not divide over {devices} devices")
+        self.allow(self.ladder)
         # On CPU one execution uses every core; elsewhere a second one waits on the device while the first runs.
         self.max_in_flight = 1 if self.platform == "cpu" else 2
         self._executables: dict[Bucket, Any] = {}
-        self._locks: dict[Bucket, threading.Lock] = {bucket: threading.Lock() for bucket in self.ladder.buckets}
 
     @property
     def dimension(self) -> int:
@@ -91,6 +92,34 @@ class Engine:
     def compiled(self) -> frozenset[Bucket]:
         """The buckets that are ready."""
         return frozenset(self._executables)
+
+    def allow(self, ladder: Ladder) -> None:
+        """Let the shapes of another ladder be compiled; `ladder` stays what it is until `adopt`.
+
+        Raises:
+            BucketError: a batch size does not divide over the devices.
+        """
+        bad = [bucket for bucket in ladder.buckets if bucket.batch_size % self.batch_multiple]
+        if bad:
+            raise BucketError(f"the bucket {bad[0]} does not divide over {self.batch_multiple} devices")
+        for bucket in ladder.buckets:
+            self._locks.setdefault(bucket, threading.Lock())
+
+    def adopt(self, ladder: Ladder) -> None:
+        """Plan by another ladder from now on. Batches planned before still run: executables are kept.
+
+        Raises:
+            BucketError: a shape of it is not compiled.
+        """
+        missing = [bucket for bucket in ladder.buckets if bucket not in self._executables]
+        if missing:
+            raise self._unknown(missing[0])
+        self.ladder = ladder
+
+    def time(self, bucket: Bucket, *, repeats: int = 3) -> float:
+        """Seconds that one full batch of this shape takes, the least of several; it must be compiled."""
+        batch = full(bucket)
+        return min(timed(partial(self.run, batch)) for _ in range(repeats))
 
     def compile(self, bucket: Bucket) -> Compiled:
         """Compile one bucket and run it once on padding; does nothing if it is ready. Safe from several threads.
@@ -210,6 +239,19 @@ def empty(bucket: Bucket) -> Batch:
         tasks=np.full(rows, NO_TASK, np.int32),
         owners=np.zeros(0, np.int64),
     )
+
+
+def full(bucket: Bucket) -> Batch:
+    """A batch without padding."""
+    rows = bucket.batch_size
+    return replace(empty(bucket), lengths=np.full(rows, bucket.seq_len, np.int32), owners=np.arange(rows))
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 class CacheHits:

@@ -15,11 +15,12 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from jaxembed.buckets import Row, pack
+from jaxembed.buckets import Ladder, Row, pack
 from jaxembed.engine import Engine
 from jaxembed.errors import InputError, PickledCheckpointError, UnsupportedModelError
 from jaxembed.loading import Model
 from jaxembed.m3 import conversion
+from jaxembed.refinement import Histogram, refine
 from jaxembed.tokenizer import Tokenizer
 from jaxembed.types import Encoding, Output
 
@@ -81,6 +82,22 @@ class Runner:
         if output not in self._engines:
             self._engines[output] = Engine(self.model, self._ladder, output=output)
         return self._engines[output]
+
+    def refine(self, output: Output, encodings: Sequence[Encoding]) -> Ladder:
+        """Choose and compile shapes for inputs like these, and plan by them from now on, if that pays.
+
+        Returns:
+            The ladder in use afterwards.
+
+        Raises:
+            UnsupportedModelError: the model does not give this output.
+        """
+        engine = self.engine(output)
+        for bucket in engine.ladder.buckets:
+            engine.compile(bucket)
+        seen = Histogram(engine.ladder.max_length)
+        seen.add(map(len, encodings))
+        return refine(engine, seen.counts) or engine.ladder
 
     def run(
         self,

@@ -235,6 +235,8 @@ class Batcher:
         """The next batch's rows; waits for work. None when the batcher is closed."""
         with self._changed:
             while not self._closed:
+                # The engine may have better shapes by now.
+                self._queue.ladder = self._engine.ladder
                 if (self._queue.full or not self._taken) and (taken := self._queue.take()) is not None:
                     self._taken += 1
                     # What is left may fill a batch for another thread.

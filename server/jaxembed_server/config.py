@@ -120,6 +120,11 @@ class ServerConfig:
     max_batch_tokens: int | None = setting(
         None, integer(1), "tokens a dispatch and device, padding included (default: by platform)"
     )
+    refine_after: int = setting(
+        5000,
+        integer(0),
+        "inputs after which shapes are chosen anew by the lengths that came; 0: never",
+    )
     max_client_batch_size: int = setting(2048, integer(1), "inputs that one request may hold")
     max_request_tokens: int = setting(300_000, integer(1), "tokens that all inputs of one request may have together")
     max_queue_tokens: int = setting(

@@ -64,11 +64,12 @@ class FairQueue(Generic[F]):
         ladder: plans rows into batches.
 
     Attributes:
+        ladder: as given; may be replaced at any time.
         tokens: of the rows that wait, those of dead flows included until they come up.
     """
 
     def __init__(self, ladder: Ladder) -> None:
-        self._ladder = ladder
+        self.ladder = ladder
         self._heap: list[Waiting[F]] = []
         self._tickets = itertools.count()
         # Virtual time: it goes by the tokens run over the number of flows that share the engine.
@@ -78,7 +79,7 @@ class FairQueue(Generic[F]):
     @property
     def full(self) -> bool:
         """Whether the rows would fill the largest batch."""
-        return self.tokens >= self._ladder.max_tokens
+        return self.tokens >= self.ladder.max_tokens
 
     def add(self, flow: F, priority: int) -> None:
         """Let a flow's rows wait; a lower priority goes first."""
@@ -93,7 +94,7 @@ class FairQueue(Generic[F]):
         """The next batch: the most urgent row and those that go best with it; None if nothing waits."""
         window: list[Waiting[F]] = []
         tokens = 0
-        while self._heap and tokens < WINDOW * self._ladder.max_tokens and len(window) < WINDOW * self._ladder.max_rows:
+        while self._heap and tokens < WINDOW * self.ladder.max_tokens and len(window) < WINDOW * self.ladder.max_rows:
             row = heapq.heappop(self._heap)
             self.tokens -= len(row.encoding)
             if not row.flow.dead:
@@ -101,7 +102,7 @@ class FairQueue(Generic[F]):
                 tokens += len(row.encoding)
         if not window:
             return None
-        plan = self._ladder.first_batch([len(row.encoding) for row in window])
+        plan = self.ladder.first_batch([len(row.encoding) for row in window])
         chosen = set(plan.items)
         self.give_back(row for i, row in enumerate(window) if i not in chosen)
         return plan.bucket, [window[i] for i in plan.items]

@@ -3,11 +3,13 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from jaxembed.checkpoint import Checkpoint
 from jaxembed.embedder import Embedder
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.matryoshka import Matryoshka, Policy
+from jaxembed.refinement import Refinable
 from jaxembed.tokenizer import Tokenizer
 from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION
 from jaxembed.warmup import cache_folder, use_cache, warm
@@ -19,13 +21,17 @@ __all__ = ["Loaded", "Loader", "Progress", "load_model"]
 logger = logging.getLogger(__name__)
 
 
+class ServedEngine(Engine, Refinable, Protocol):
+    """What serving needs of an engine."""
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A model that is ready to serve."""
 
     checkpoint: Checkpoint
     tokenizer: Tokenizer
-    engine: Engine
+    engine: ServedEngine
     matryoshka: Matryoshka
     tasks: Sequence[str] = ()
     """Among which an input may choose, in the order of their numbers."""

@@ -25,6 +25,7 @@ from jaxembed_server.config import ServerConfig
 from jaxembed_server.errors import DeadlineError, NotReadyError, invalid
 from jaxembed_server.metrics import Metrics
 from jaxembed_server.model import Loaded, Loader, load_model
+from jaxembed_server.refiner import Refiner
 from jaxembed_server.schemas import EmbeddingRequest
 
 __all__ = ["LOADER_THREAD", "Service", "State"]
@@ -70,6 +71,7 @@ class Service:
         self._loader = loader
         self._loaded: Loaded | None = None
         self._batcher: Batcher | None = None
+        self._refiner: Refiner | None = None
         self._tokenizing = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenize")
         metrics.watch(
             queued=lambda: self._batcher.queued_tokens if self._batcher else 0,
@@ -99,6 +101,7 @@ class Service:
         self._batcher = Batcher(
             self._loaded.engine, max_queue_tokens=self.config.max_queue_tokens, observer=self.metrics.batch
         )
+        self._refiner = Refiner(self._loaded.engine, after=self.config.refine_after)
         self.created = int(time.time())
         if self.state is not State.DRAINING:
             self.state = State.READY
@@ -145,6 +148,8 @@ class Service:
         """Stop; requests that are still waiting fail with 503."""
         if self.state is not State.FAILED:
             self.state = State.DRAINING
+        if self._refiner is not None:
+            self._refiner.close()
         if self._batcher is not None:
             self._batcher.close()
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
@@ -235,6 +240,8 @@ class Service:
             )
 
         encodings = await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
+        if self._refiner is not None:
+            self._refiner.saw(map(len, encodings))
         # Without special tokens a text of white space or control characters alone has no tokens at all.
         for index, encoding in enumerate(encodings):
             if not len(encoding):

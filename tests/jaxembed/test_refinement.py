@@ -1,0 +1,110 @@
+"""The choice of shapes by what comes: exactness against trying every choice, the fit, and the swap on a real engine."""
+
+import itertools
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+import pytest
+
+from jaxembed import Bucket, Embedder, Ladder, make_mesh
+from jaxembed.buckets import Row, pack
+from jaxembed.errors import BucketError
+from jaxembed.refinement import WORTH, Cost, Histogram, Timing, choose_lengths, fit_cost, refine
+
+COST = Cost(call=0.003, token=5e-5, pair=5e-8)
+
+
+def total(chosen: Sequence[int], counts: np.ndarray, price: float) -> float:
+    """What a choice of lengths costs, by the definition."""
+    rows = sum(
+        count * COST.of_row(next(n for n in chosen if n >= length)) for length, count in enumerate(counts) if count
+    )
+    return rows + price * len(chosen)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_other_choice_costs_less(seed: int) -> None:
+    """Every subset of the candidates up to 24 was tried."""
+    random = np.random.default_rng(seed)
+    counts = np.zeros(25, np.int64)
+    counts[1:] = random.integers(0, 60, 24) * (random.random(24) < 0.5)
+    candidates = [*range(4, 24, 2), 24]
+    price = WORTH * total(candidates, counts, 0.0)
+    choices = [(*some, 24) for size in range(len(candidates)) for some in itertools.combinations(candidates[:-1], size)]
+    least = min(total(choice, counts, price) for choice in choices)
+    assert total(choose_lengths(counts, COST.of_row), counts, price) == pytest.approx(least, rel=1e-12)
+
+
+def test_the_greatest_length_is_always_there() -> None:
+    """An input of any length that was allowed before still is."""
+    counts = np.zeros(301, np.int64)
+    assert choose_lengths(counts, COST.of_row)[-1] == 300
+    counts[10] = 1000
+    assert choose_lengths(counts, COST.of_row) == (10, 300)
+
+
+def test_the_fit_finds_what_the_times_were_made_of() -> None:
+    """Exactly without noise; no factor is ever negative."""
+    buckets = [Bucket(b, t) for b in (1, 4, 16) for t in (16, 64, 256)]
+    found = fit_cost([Timing(bucket, COST.of(bucket)) for bucket in buckets])
+    np.testing.assert_allclose(found, COST, rtol=1e-6)
+    noisy = fit_cost([Timing(bucket, 1.0 / bucket.tokens) for bucket in buckets])
+    assert min(noisy) >= 0
+
+
+def test_a_histogram_counts() -> None:
+    """By length, from any number of calls."""
+    seen = Histogram(5)
+    seen.add([1, 5, 5])
+    seen.add(iter([0]))
+    seen.add([])
+    np.testing.assert_array_equal(seen.counts, [1, 1, 0, 0, 0, 2])
+
+
+def test_a_real_engine_changes_its_ladder(tiny_folder: str) -> None:
+    """The vectors stay what they were, what was planned before still runs, and less is padded."""
+    embedder = Embedder.from_pretrained(tiny_folder, mesh=make_mesh(jax.devices()[:1]), max_batch_tokens=128)
+    texts = ["a b c"] * 50 + ["a b c d e f g h"] * 30 + ["a " * 25]
+    before = embedder.encode(texts)
+    engine, old = embedder.engine, embedder.engine.ladder
+    encodings = embedder.tokenizer.encode_texts(texts)
+    planned = pack(old.buckets[0], [Row(encodings[0], 16, False, 0)])
+    # This model takes microseconds, in which no length counts for more than another.
+    engine.time = COST.of
+    new = embedder.refine(texts)
+    assert engine.ladder is new is not old
+    assert {bucket.seq_len for bucket in new.buckets} == {6, 10, 32}
+    assert set(new.buckets) <= engine.compiled
+    np.testing.assert_allclose(embedder.encode(texts), before, atol=1e-6)
+    np.testing.assert_allclose(engine.run(planned)[0], before[0], atol=1e-6)
+    assert embedder.refine(texts) is new
+
+
+def test_what_is_not_compiled_is_not_adopted(tiny_folder: str) -> None:
+    """Nor does a shape compile that does not divide over the devices."""
+    embedder = Embedder.from_pretrained(tiny_folder, mesh=make_mesh(jax.devices()[:2]))
+    engine, old = embedder.engine, embedder.engine.ladder
+    with pytest.raises(BucketError, match="3x8 does not divide over 2 devices"):
+        engine.allow(Ladder([Bucket(3, 8)]))
+    engine.allow(Ladder([Bucket(2, 8)]))
+    with pytest.raises(BucketError, match="2x8 is on the ladder but was not compiled"):
+        engine.adopt(Ladder([Bucket(2, 8)]))
+    assert engine.ladder is old
+
+
+def test_a_failure_leaves_the_old_ladder(tiny_folder: str) -> None:
+    """A shape that does not compile raises, and nothing was swapped."""
+    embedder = Embedder.from_pretrained(tiny_folder, mesh=make_mesh(jax.devices()[:1]))
+    engine, old = embedder.engine, embedder.engine.ladder
+    engine.time = COST.of
+
+    def fail(bucket: Bucket) -> None:
+        raise RuntimeError(f"no {bucket}")
+
+    engine.compile = fail
+    counts = np.zeros(33, np.int64)
+    counts[5] = 100
+    with pytest.raises(RuntimeError, match="no 1x6"):
+        refine(engine, counts)
+    assert engine.ladder is old

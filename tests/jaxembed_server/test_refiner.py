@@ -1,0 +1,108 @@
+"""The refiner beside a fake engine: when it looks, what it swaps, and that a failure harms nobody."""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from fakes import FakeEngine, encoding, vector
+
+from jaxembed.buckets import Ladder
+from jaxembed.types import Bucket
+from jaxembed_server.batcher import Batcher
+from jaxembed_server.refiner import Refiner
+
+
+class Engine(FakeEngine):
+    """A fake engine that can be refined; a batch takes as long as it has tokens."""
+
+    def __init__(self) -> None:
+        super().__init__(Ladder([Bucket(1, 16), Bucket(4, 16)]))
+        self.max_batch_tokens, self.batch_multiple = 64, 1
+        self.compiled: list[Bucket] = []
+        self.broken = False
+
+    def time(self, bucket: Bucket) -> float:
+        return bucket.tokens / 1e6
+
+    def allow(self, ladder: Ladder) -> None: ...
+
+    def compile(self, bucket: Bucket) -> None:
+        if self.broken:
+            raise RuntimeError("no compiler today")
+        self.compiled.append(bucket)
+
+    def adopt(self, ladder: Ladder) -> None:
+        self.ladder = ladder
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    """Wait until it is so."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "it never came to that"
+        time.sleep(0.005)
+
+
+def test_shapes_follow_what_comes() -> None:
+    """Nothing happens before enough has come; then every new shape is compiled before the swap."""
+    engine = Engine()
+    old = engine.ladder
+    refiner = Refiner(engine, after=10)
+    refiner.saw([3] * 9)
+    assert engine.ladder is old and not engine.compiled
+    refiner.saw([4])
+    eventually(lambda: engine.ladder is not old)
+    assert {bucket.seq_len for bucket in engine.ladder.buckets} == {4, 16}
+    assert set(engine.compiled) == set(engine.ladder.buckets)
+    refiner.close()
+
+
+def test_never() -> None:
+    """0 switches it off: no thread is there."""
+    before = threading.active_count()
+    refiner = Refiner(Engine(), after=0)
+    refiner.saw([3] * 10_000)
+    assert threading.active_count() == before
+    refiner.close()
+
+
+def test_a_failure_is_logged_and_the_next_look_may_do(caplog: pytest.LogCaptureFixture) -> None:
+    """The old ladder serves on meanwhile."""
+    engine = Engine()
+    old, engine.broken = engine.ladder, True
+    refiner = Refiner(engine, after=1)
+    with caplog.at_level(logging.ERROR):
+        refiner.saw([3])
+        eventually(lambda: "could not be refined" in caplog.text)
+    assert engine.ladder is old
+    engine.broken = False
+    refiner.saw([3] * 20)
+    eventually(lambda: engine.ladder is not old)
+    refiner.close()
+
+
+def test_a_closed_one_ends_its_thread() -> None:
+    """Nothing keeps looking after a shutdown."""
+    refiner = Refiner(Engine(), after=1)
+    refiner.close()
+    eventually(lambda: not any(thread.name == "refine-ladder" for thread in threading.enumerate()))
+
+
+def test_the_batcher_follows_the_engine() -> None:
+    """Requests before and after a swap, which they do not notice."""
+    engine = Engine()
+
+    async def requests() -> None:
+        batcher = Batcher(engine, max_queue_tokens=1000)
+        for ladder in (engine.ladder, Ladder([Bucket(2, 4), Bucket(1, 16)])):
+            engine.ladder = ladder
+            got = await batcher.submit([encoding(1, 2), encoding(3)], dimensions=4, normalize=False)
+            np.testing.assert_array_equal(got, np.stack([vector([1, 2]), vector([3])]))
+            assert engine.batches[-1].bucket in ladder.buckets
+        batcher.close()
+
+    asyncio.run(requests())
