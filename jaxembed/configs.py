@@ -21,6 +21,7 @@ def read_fields(kind: type[Config], config: Mapping[str, Any], **given: Any) -> 
     Raises:
         UnsupportedModelError: a field without a default is missing.
     """
+    # mypy has no type for "a dataclass" that a type variable could be bound to.
     names: Mapping[str, Any] = kind.__dataclass_fields__  # type: ignore[attr-defined]
     try:
         return kind(**{name: config[name] for name in names if name in config} | given)

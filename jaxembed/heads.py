@@ -15,9 +15,17 @@ from jaxtyping import Array, Bool, Float
 from jaxembed.blocks import linear_weights, norm_weights
 from jaxembed.layers import LayerNorm, Linear, activation, matmul, parameter
 from jaxembed.pooling import pool
-from jaxembed.types import Head, Pooling, PoolingMode, Weight
+from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION, Head, Pooling, PoolingMode, Weight
 
-__all__ = ["Classifier", "MaskedLM", "classifier_head", "count_labels", "masked_lm_head", "shares_word_table"]
+__all__ = [
+    "BERT_HEADS",
+    "Classifier",
+    "MaskedLM",
+    "classifier_head",
+    "count_labels",
+    "masked_lm_head",
+    "shares_word_table",
+]
 
 
 class Classifier(nnx.Module):
@@ -166,3 +174,16 @@ def masked_lm_head(
         ignored=(*ignored, re.escape(bias)) if bias else ignored,
         own_table="table",
     )
+
+
+BERT_HEADS = {
+    SEQUENCE_CLASSIFICATION: classifier_head("pooler.dense", "classifier"),
+    FILL_MASK: masked_lm_head(
+        "cls.predictions.transform.dense",
+        "cls.predictions.transform.LayerNorm",
+        "cls.predictions.decoder",
+        bias="cls.predictions.bias",
+        ignored=(r"cls\.seq_relationship\..*",),
+    ),
+}
+"""BERT's own, under its own names."""

@@ -23,7 +23,7 @@ from jaxembed.pooling import finish, splade
 from jaxembed.sharding import make_mesh
 from jaxembed.tensors import Tensors
 from jaxembed.tokenizer_files import read_tokenizer
-from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION, Architecture, Head, Names, Output, Pooling, SpladePooling
+from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION, Architecture, Names, Output, Pooling, SpladePooling
 from jaxembed.weights import Leaves, Structure, collect, place
 
 __all__ = ["DTYPES", "Model", "Placed", "load"]
@@ -91,7 +91,8 @@ class Model:
         """What the branch of an output makes of the encoder's last hidden state. For use inside a traced function."""
         chain, others = merged(self.parts, leaves)
         layers = dict(zip(self.branches, merged(tuple(self.branches.values()), others)[0], strict=True))
-        return layers[output](chain[0].hidden_states(tokens)[-1])  # type: ignore[no-any-return]
+        vectors: Float[Array, "B T E"] = layers[output](chain[0].hidden_states(tokens)[-1])
+        return vectors
 
     def features(self, leaves: Leaves, tokens: Tokens, prompt_lengths: Int[Array, " B"]) -> Features:
         """Encoder and steps: hidden states, token vectors and, where there is Pooling, one vector a text."""
@@ -144,14 +145,16 @@ class Model:
                 ids, size = tokens.input_ids, self.config.vocab_size
                 return lexical(weights, ids, tokens.mask, vocab_size=size, left_out=self.left_out)
             case Output.SPARSE if self.architecture.sparse:
-                return self.encoder(leaves).sparse(tokens)  # type: ignore[no-any-return]
+                row: Float[Array, "B V"] = self.encoder(leaves).sparse(tokens)
+                return row
             case Output.SPARSE:
                 encoder = self.encoder(leaves)
                 logits = encoder.head(encoder.hidden_states(tokens)[-1], encoder)
                 return splade(logits, tokens.mask, self.checkpoint.splade or SpladePooling())
             case Output.SCORES:
                 encoder = self.encoder(leaves)
-                return encoder.head(encoder.hidden_states(tokens)[-1], tokens.mask)  # type: ignore[no-any-return]
+                scores: Float[Array, "B L"] = encoder.head(encoder.hidden_states(tokens)[-1], tokens.mask)
+                return scores
 
     def embed(
         self,
@@ -259,9 +262,8 @@ def load(
     if chosen < 1 or (longest is not None and chosen > longest):
         raise ValueError(f"max_length is {chosen}; allowed: " + (f"1 to {longest}" if longest else "at least 1"))
     mesh = make_mesh() if mesh is None else mesh
-    head = choose_head(checkpoint, arch)
-    if head is not None:
-        arch = arch.with_head(head, head.fitted(checkpoint.config, Tensors(checkpoint.folder)))
+    placed = {} if placed is None else placed
+    arch, head = headed(checkpoint, arch)
     if STANFORD in (checkpoint.config.get("architectures") or ()):
         # The projection's, which the chain has, stand among the encoder's weights.
         arch = replace(arch, ignored=(*arch.ignored, r"linear\.weight"))
@@ -284,15 +286,11 @@ def load(
         config=config,
         dtype=dtype,
         mesh=mesh,
-        leaves=tuple(
-            leaf
-            for part in (*parts, *branches.values())
-            for leaf in leaves_of(part, mesh, {} if placed is None else placed)
-        ),
+        leaves=tuple(leaf for part in (*parts, *branches.values()) for leaf in leaves_of(part, mesh, placed)),
         dimension=dimension,
         token_dimension=token_dimension,
         max_length=chosen,
-        head=checkpoint.head if head is not None else None,
+        head=head,
         tasks=tuple(arch.tasks(checkpoint.config)),
         parts=tuple(parts),
         branches=branches,
@@ -300,23 +298,26 @@ def load(
     )
 
 
-def choose_head(checkpoint: Checkpoint, arch: Architecture) -> Head | None:
-    """The head that a checkpoint says it has; None where it holds none of it and gives vectors without it.
+def headed(checkpoint: Checkpoint, arch: Architecture) -> tuple[Architecture, str | None]:
+    """The architecture with the head that a checkpoint says it has, and the head's task; as it is, and None, where the
+    checkpoint holds none of it and gives vectors without it.
 
     Raises:
         UnsupportedModelError: nothing can be had of the checkpoint without a head that is not implemented.
     """
     if checkpoint.head is None:
-        return None
+        return arch, None
     head, needed = arch.heads.get(checkpoint.head), checkpoint.pooling is None
     if head is None:
         if needed:
             known = ", ".join(arch.heads) or "none"
             raise UnsupportedModelError(f"{arch.where} has no head for {checkpoint.head}; heads it has: {known}")
-        return None
+        return arch, None
     stored = Tensors(checkpoint.folder)
     names = (prefix + weight.name for weight in head.weights.values() for prefix in arch.prefixes)
-    return head if needed or any(name in stored for name in names) else None
+    if not needed and not any(name in stored for name in names):
+        return arch, None
+    return arch.with_head(head, head.fitted(checkpoint.config, stored)), checkpoint.head
 
 
 def part_of(spec: Module, dtype: str, folder: Path) -> Part:

@@ -73,15 +73,17 @@ class Runner:
             UnsupportedModelError: the model does not give it; the message says what it gives.
             PickledCheckpointError: it would, were its layer no pickle; the message says how to convert it.
         """
+        # Asked for at every call: what the model gives is a question to its folder.
+        found = self._engines.get(output)
+        if found is not None:
+            return found
         if output not in self.model.outputs:
             pickled = conversion(self.model.checkpoint.folder, output)
             if pickled is not None:
                 raise PickledCheckpointError(pickled)
             given = " and ".join(OFFERED[one] for one in Output if one in self.model.outputs) or "nothing"
             raise UnsupportedModelError(f"this model does not give {OFFERED[output]}; it gives {given}")
-        if output not in self._engines:
-            self._engines[output] = Engine(self.model, self._ladder, output=output)
-        return self._engines[output]
+        return self._engines.setdefault(output, Engine(self.model, self._ladder, output=output))
 
     def refine(self, output: Output, encodings: Sequence[Encoding]) -> Ladder:
         """Choose and compile shapes for inputs like these, and plan by them from now on, if that pays.

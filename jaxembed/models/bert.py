@@ -5,8 +5,8 @@ Reference: transformers' `BertModel` without its pooler, and the heads of `BertF
 """
 
 from jaxembed.blocks import BERT_WEIGHTS, OLD_NORM_NAMES, BertConfig, BertEmbeddings, PostNormEncoder
-from jaxembed.heads import classifier_head, masked_lm_head
-from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION, Architecture
+from jaxembed.heads import BERT_HEADS
+from jaxembed.types import Architecture
 
 __all__ = ["ARCHITECTURE", "Config", "build"]
 
@@ -20,17 +20,6 @@ def build(config: Config, dtype: str) -> PostNormEncoder:
 
 IGNORED = (r"embeddings\.position_ids", r"pooler\..*", r"cls\..*", r"classifier\..*")
 
-HEADS = {
-    SEQUENCE_CLASSIFICATION: classifier_head("pooler.dense", "classifier"),
-    FILL_MASK: masked_lm_head(
-        "cls.predictions.transform.dense",
-        "cls.predictions.transform.LayerNorm",
-        "cls.predictions.decoder",
-        bias="cls.predictions.bias",
-        ignored=(r"cls\.seq_relationship\..*",),
-    ),
-}
-
 ARCHITECTURE = Architecture(
     model_type="bert",
     config=Config.from_hf,
@@ -39,5 +28,5 @@ ARCHITECTURE = Architecture(
     ignored=IGNORED,
     prefixes=("", "bert."),
     renames=OLD_NORM_NAMES,
-    heads=HEADS,
+    heads=BERT_HEADS,
 )

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxembed.blocks import BERT_WEIGHTS, OLD_NORM_NAMES, BertConfig, BertEmbeddings, PostNormEncoder
-from jaxembed.heads import classifier_head, masked_lm_head
+from jaxembed.heads import BERT_HEADS
 from jaxembed.layers import Embedding, Tokens
-from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION, Architecture, Weight, Weights
+from jaxembed.types import Architecture, Weight, Weights
 
 __all__ = ["ARCHITECTURE", "Config", "Embeddings", "build"]
 
@@ -53,17 +53,6 @@ WEIGHTS: Weights = {**BERT_WEIGHTS, "embeddings.task_type.table": Weight("embedd
 
 IGNORED = (r"embeddings\.position_ids", r"pooler\..*", r"cls\..*", r"classifier\..*", r"qa_outputs\..*")
 
-HEADS = {
-    SEQUENCE_CLASSIFICATION: classifier_head("pooler.dense", "classifier"),
-    FILL_MASK: masked_lm_head(
-        "cls.predictions.transform.dense",
-        "cls.predictions.transform.LayerNorm",
-        "cls.predictions.decoder",
-        bias="cls.predictions.bias",
-        ignored=(r"cls\.seq_relationship\..*",),
-    ),
-}
-
 ARCHITECTURE = Architecture(
     model_type="ernie",
     config=Config.from_hf,
@@ -72,5 +61,5 @@ ARCHITECTURE = Architecture(
     ignored=IGNORED,
     prefixes=("", "ernie."),
     renames=OLD_NORM_NAMES,
-    heads=HEADS,
+    heads=BERT_HEADS,
 )

@@ -38,6 +38,8 @@ class Refiner:
 
     def saw(self, lengths: Iterable[int]) -> None:
         """Count inputs. Safe to call from any thread."""
+        if not self._next:
+            return
         lengths = list(lengths)
         self._seen.add(lengths)
         with self._changed:
@@ -60,8 +62,7 @@ class Refiner:
                 self._next = self._count * AGAIN
             try:
                 found = refine(self._engine, self._seen.counts)
-            except Exception:
-                # The old ladder serves on.
+            except Exception:  # Whatever a compiler raises: the old ladder serves on.
                 logger.exception("the ladder could not be refined")
             else:
                 logger.info("the ladder after %d inputs: %s", self._count, found or "as before")

@@ -225,7 +225,7 @@ class Service:
                 f"truncate_prompt_tokens is {cut}; allowed: -1, or 1 to {tokenizer.max_length}",
             )
 
-        def work() -> list[Encoding]:
+        def tokenize() -> list[Encoding]:
             # Task adapters go by the names of their prompts.
             task = task_number(loaded.tasks, None, request.prompt_name)
             if request.token_ids is not None:
@@ -239,9 +239,13 @@ class Service:
                 task=task,
             )
 
+        def work() -> list[Encoding]:
+            encodings = tokenize()
+            if self._refiner is not None:
+                self._refiner.saw(map(len, encodings))
+            return encodings
+
         encodings = await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
-        if self._refiner is not None:
-            self._refiner.saw(map(len, encodings))
         # Without special tokens a text of white space or control characters alone has no tokens at all.
         for index, encoding in enumerate(encodings):
             if not len(encoding):
