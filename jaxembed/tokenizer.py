@@ -296,7 +296,11 @@ class Tokenizer:
         return np.asarray(ids).astype(np.int32)
 
     def _check_range(self, ids: TokenIds, index: int) -> None:
-        if len(ids) and (min(ids) < 0 or max(ids) >= self.vocab_size):
+        if not len(ids):
+            return
+        # Python's own go through an array number by number, and this is on the way of every text.
+        least, most = (ids.min(), ids.max()) if isinstance(ids, np.ndarray) else (min(ids), max(ids))
+        if least < 0 or most >= self.vocab_size:
             bad = next(i for i, value in enumerate(ids) if not 0 <= value < self.vocab_size)
             raise TokenIdError(index=index, position=bad, value=int(ids[bad]), vocab_size=self.vocab_size)
 
