@@ -51,7 +51,9 @@ def load_or_compile(
     kept = cache.read(KIND, key)
     if kept is not None:
         try:
-            return deserialize_and_load(*pickle.loads(kept), execution_devices=list(model.mesh.devices.flat)), True
+            program, in_tree, out_tree = pickle.loads(kept)
+            devices = list(model.mesh.devices.flat)
+            return deserialize_and_load(program, in_tree, out_tree, execution_devices=devices), True
         except Exception:  # Whatever a backend raises about bytes that it does not take: then it is compiled.
             logger.warning("an executable of %s in the cache cannot be loaded; it is compiled again", bucket)
     executable = compile()
@@ -67,7 +69,7 @@ def load_or_compile(
 def facts(model: Model, output: Output) -> tuple[Any, ...]:
     """All that the executables of a model depend on, but for the shape, the code and the versions."""
     checkpoint = model.checkpoint
-    specs = [(path, leaf.shape, str(leaf.dtype), str(leaf.sharding.spec)) for path, leaf in model.params.items()]
+    specs = [(path, leaf.shape, str(leaf.dtype), str(leaf.sharding)) for path, leaf in model.params.items()]
     said = (checkpoint.config, checkpoint.modules, checkpoint.normalize, checkpoint.head, checkpoint.late)
     return (said, model.dtype, model.head, model.tasks, model.left_out, specs, output, target(model.mesh))
 
@@ -77,7 +79,8 @@ def target(mesh: Mesh) -> tuple[Any, ...]:
     devices = list(mesh.devices.flat)
     first = devices[0]
     host = host_cpu() if first.platform == "cpu" else ""
-    settings = (jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision, os.environ.get("XLA_FLAGS"))
+    named = ("jax_enable_x64", "jax_default_matmul_precision")
+    settings = [*(getattr(jax.config, name) for name in named), os.environ.get("XLA_FLAGS")]
     return (
         first.platform,
         first.device_kind,

@@ -82,8 +82,8 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 def packed(found: Found) -> bytes:
     """A tokenizer as bytes."""
-    plain = found._replace(backend=found.backend.to_str(), special_ids=sorted(found.special_ids))
-    return json.dumps(plain._asdict()).encode()
+    plain = found._asdict() | {"backend": found.backend.to_str(), "special_ids": sorted(found.special_ids)}
+    return json.dumps(plain).encode()
 
 
 def unpacked(content: bytes) -> Found:
