@@ -84,7 +84,7 @@ class JsonRoute:
                 (b"content-type", JSON),
                 (b"content-length", b"%d" % len(content)),
                 (b"x-request-id", exchange.close(self.path, status).encode()),
-                *((name.encode(), value.encode()) for name, value in more.items()),
+                *((name.lower().encode(), value.encode()) for name, value in more.items()),
             ],
         }
         # A server may hold a few parts of a body for us and no more: one that waits with the next could not hear us.
