@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from functools import lru_cache
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ from jaxembed.tokenizer_files import around, lower, mark, read_tokenizer, read_t
 from jaxembed.types import NO_TASK, Encoding
 
 __all__ = ["TokenIds", "Tokenizer", "TruncationSide"]
+
+ALONE = 512
+"""One text of no more characters is tokenised where the call comes from: a batch goes to the tokenizer's own threads
+and back, which for a short text may take longer than the work, but lets Python's other threads run meanwhile."""
 
 TokenIds = Sequence[int] | npt.NDArray[np.integer[Any]]
 
@@ -170,7 +175,10 @@ class Tokenizer:
             raise unreadable(texts)
         prepared = [prompt + text if prompt else text for text in texts]
         try:
-            encoded = self._backend.encode_batch_fast(prepared, add_special_tokens=add_special_tokens)
+            if len(prepared) == 1 and len(prepared[0]) <= ALONE:
+                encoded = [self._backend.encode(prepared[0], add_special_tokens=add_special_tokens)]
+            else:
+                encoded = self._backend.encode_batch_fast(prepared, add_special_tokens=add_special_tokens)
         except (TypeError, UnicodeEncodeError):
             raise unreadable(texts) from None
         prompt_length = 0
@@ -180,9 +188,7 @@ class Tokenizer:
             prompt_length = self._prompt_length(prompt, add_special_tokens, limit)
         prefix, suffix = (self._prefix, self._suffix) if add_special_tokens else (0, 0)
         encodings = []
-        for index, one in enumerate(encoded):
-            whole = np.array(one.ids, np.int32)
-            self._check_range(whole, index)
+        for index, whole in enumerate(self._ids(encoded)):
             ids = self._fit(whole, index, truncate_to, side, prefix, suffix)
             # A cut on the left takes the prompt's tokens first, after the leading special ones.
             gone = len(whole) - len(ids) if side is TruncationSide.LEFT else 0
@@ -294,6 +300,17 @@ class Tokenizer:
             raise InputError(f"input[{index}] is empty: it must hold at least one token id", index=index)
         self._check_range(ids, index)
         return np.asarray(ids).astype(np.int32)
+
+    def _ids(self, encoded: Sequence[Any]) -> list[npt.NDArray[np.int32]]:
+        """The ids of each of the backend's encodings, checked: as parts of one array, which costs less than arrays."""
+        each = [one.ids for one in encoded]
+        ends = list(accumulate(map(len, each)))
+        flat = np.fromiter(chain.from_iterable(each), np.int32, ends[-1] if ends else 0)
+        found = [flat[end - len(ids) : end] for ids, end in zip(each, ends, strict=True)]
+        if len(flat) and flat.max() >= self.vocab_size:
+            for index, ids in enumerate(found):
+                self._check_range(ids, index)
+        return found
 
     def _check_range(self, ids: TokenIds, index: int) -> None:
         if not len(ids):

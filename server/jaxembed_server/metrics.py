@@ -23,6 +23,8 @@ class Metrics:
         self._latency = Histogram(
             "jaxembed_request_seconds", "Time from request to answer", ["route"], buckets=LATENCY, registry=own
         )
+        # To look labels up costs more than to count.
+        self._answers: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
         self._tokens = Counter("jaxembed_tokens_total", "Real tokens run on the device", registry=own)
         self._padded = Counter("jaxembed_padded_tokens_total", "Tokens run, padding included", registry=own)
         self._batches = Counter("jaxembed_batches_total", "Batches run", ["bucket"], registry=own)
@@ -34,8 +36,13 @@ class Metrics:
 
     def request(self, route: str, status: int, seconds: float) -> None:
         """A request was answered."""
-        self._requests.labels(route, str(status)).inc()
-        self._latency.labels(route).observe(seconds)
+        found = self._answers.get((route, status))
+        if found is None:
+            found = self._requests.labels(route, str(status)), self._latency.labels(route)
+            self._answers[route, status] = found
+        counter, latency = found
+        counter.inc()
+        latency.observe(seconds)
 
     def batch(self, bucket: Bucket, rows: int, tokens: int, seconds: float) -> None:
         """A batch was run."""

@@ -6,7 +6,6 @@ be known from the body alone.
 
 import base64
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
@@ -27,8 +26,7 @@ SHOWN = 64
 """Characters of a bad value that a message repeats."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class EmbeddingRequest:
+class EmbeddingRequest(msgspec.Struct, frozen=True, eq=False, kw_only=True, gc=False):
     """A valid request.
 
     Attributes:
@@ -72,16 +70,14 @@ def decode(body: bytes, *, max_items: int) -> EmbeddingRequest:
         ApiError: names the field, the value and what is allowed.
     """
     try:
-        fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-        data = fields.pop("additional_data", None)
-        values = {name: msgspec.json.decode(raw) for name, raw in fields.items() if name in READ}
-        if data is not None:
-            # It is handed through as it came. That it is JSON has been seen, but not that it is UTF-8.
-            bytes(data).decode()
+        fields = BODY.decode(body)
+        # It is handed through as it came. That it is JSON has been seen, but not that it is UTF-8.
+        data = bytes(fields.additional_data)
+        data.decode()
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise invalid(None, "invalid_json", f"the body must be a JSON object: {reason}") from None
-    read = Fields(values)
+    read = Fields(fields)
     if read.value("input") is None:
         raise invalid("input", "missing_required_parameter", "input is required: a string, or an array")
     texts, token_ids, single = read_input(read.value("input"), max_items)
@@ -95,7 +91,7 @@ def decode(body: bytes, *, max_items: int) -> EmbeddingRequest:
         truncate_prompt_tokens=read.integer("truncate_prompt_tokens", least=-1, but=0),
         truncation_side=TruncationSide(read.choice("truncation_side", tuple(TruncationSide))),
         add_special_tokens=read.boolean("add_special_tokens") is not False,
-        additional_data=None if data is None else bytes(data),
+        additional_data=data or None,
         embed_dtype=read.choice("embed_dtype", tuple(EMBED_DTYPES)),
         endianness=read.choice("endianness", ENDIANNESS),
         normalize=read.first_boolean("use_activation", "normalize"),
@@ -106,22 +102,44 @@ def decode(body: bytes, *, max_items: int) -> EmbeddingRequest:
     )
 
 
-READ = frozenset(
-    "input model encoding_format dimensions truncate_prompt_tokens truncation_side add_special_tokens embed_dtype "
-    "endianness use_activation normalize priority request_id prompt_name input_type prompt user".split()
-)
-"""Every field that is looked at; others are ignored, as clients of a compatible server expect."""
+class Body(msgspec.Struct, gc=False):
+    """Every field that is looked at; others are ignored, as clients of a compatible server expect.
+
+    Of any type: the errors that a type would give name neither the value nor all that is allowed.
+    """
+
+    input: Any = None
+    model: Any = None
+    encoding_format: Any = None
+    dimensions: Any = None
+    truncate_prompt_tokens: Any = None
+    truncation_side: Any = None
+    add_special_tokens: Any = None
+    additional_data: msgspec.Raw = msgspec.Raw()
+    embed_dtype: Any = None
+    endianness: Any = None
+    use_activation: Any = None
+    normalize: Any = None
+    priority: Any = None
+    request_id: Any = None
+    prompt_name: Any = None
+    input_type: Any = None
+    prompt: Any = None
+    user: Any = None
+
+
+BODY = msgspec.json.Decoder(Body)
 
 
 class Fields:
     """Typed access to decoded fields; null counts as absent. Each method raises ApiError for another type."""
 
-    def __init__(self, values: dict[str, Any]) -> None:
+    def __init__(self, values: Body) -> None:
         self._values = values
         self.string("user")
 
     def value(self, name: str) -> Any:
-        return self._values.get(name)
+        return getattr(self._values, name)
 
     def string(self, name: str) -> str | None:
         value = self.value(name)

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 
@@ -34,6 +34,14 @@ logger = logging.getLogger(__name__)
 
 TOKENIZER_THREADS = 2
 LOADER_THREAD = "load-model"
+
+INLINE_EFFORT = 512
+"""A request with no more than this to do is tokenised on the event loop. That takes it half a millisecond at the worst
+(where each character is a token) and 0.03 ms for a short query; the way to a thread and back costs more than that, and
+with other threads awake each step of it may have to wait for the interpreter's lock."""
+
+ITEM_EFFORT = 16
+"""What an input costs beside its length, in characters."""
 
 
 class State(StrEnum):
@@ -179,30 +187,26 @@ class Service:
             ApiError, JaxembedError: the cases of the API's error table.
         """
         loaded = self.loaded
-        async with self._deadline():
-            size = self._dimensions(request, loaded)
-            encodings = await self._tokenize(request, loaded)
-            tokens = sum(map(len, encodings))
-            limit = self.config.max_request_tokens
-            if tokens > limit:
-                raise invalid(
-                    "input", "max_tokens_per_request", f"input has {tokens} tokens in all; allowed: at most {limit}"
-                )
-            unit = loaded.checkpoint.normalize if request.normalize is None else request.normalize
-            assert self._batcher is not None
-            vectors = await self._batcher.submit(encodings, dimensions=size, normalize=unit, priority=request.priority)
-        finite = np.isfinite(vectors).all(axis=1)
-        if not finite.all():
-            raise NonFiniteError(np.flatnonzero(~finite).tolist())
-        return vectors, tokens
-
-    @contextlib.asynccontextmanager
-    async def _deadline(self) -> AsyncIterator[None]:
         try:
             async with asyncio.timeout(self.config.request_timeout):
-                yield
+                size = self._dimensions(request, loaded)
+                encodings = await self._tokenize(request, loaded)
+                tokens = sum(map(len, encodings))
+                limit = self.config.max_request_tokens
+                if tokens > limit:
+                    raise invalid(
+                        "input", "max_tokens_per_request", f"input has {tokens} tokens in all; allowed: at most {limit}"
+                    )
+                unit = loaded.checkpoint.normalize if request.normalize is None else request.normalize
+                assert self._batcher is not None
+                vectors = await self._batcher.submit(
+                    encodings, dimensions=size, normalize=unit, priority=request.priority
+                )
         except TimeoutError:
             raise DeadlineError(self.config.request_timeout) from None
+        if not np.isfinite(vectors).all():
+            raise NonFiniteError(np.flatnonzero(~np.isfinite(vectors).all(axis=1)).tolist())
+        return vectors, tokens
 
     def _dimensions(self, request: EmbeddingRequest, loaded: Loaded) -> int:
         if request.dimensions is None:
@@ -214,7 +218,7 @@ class Service:
         return request.dimensions
 
     async def _tokenize(self, request: EmbeddingRequest, loaded: Loaded) -> list[Encoding]:
-        """Encodings of the inputs, made off the event loop."""
+        """Encodings of the inputs, made off the event loop unless there is little to do."""
         tokenizer = loaded.tokenizer
         asked = request.truncate_prompt_tokens
         cut = tokenizer.max_length if asked == -1 else asked
@@ -225,29 +229,38 @@ class Service:
                 f"truncate_prompt_tokens is {cut}; allowed: -1, or 1 to {tokenizer.max_length}",
             )
 
-        def tokenize() -> list[Encoding]:
-            # Task adapters go by the names of their prompts.
-            task = task_number(loaded.tasks, None, request.prompt_name)
-            if request.token_ids is not None:
-                return tokenizer.encode_ids(request.token_ids, truncate_to=cut, side=request.truncation_side, task=task)
-            return tokenizer.encode_texts(
-                request.texts or (),
-                prompt=choose_prompt(loaded.checkpoint, request.prompt, request.prompt_name),
-                add_special_tokens=request.add_special_tokens,
-                truncate_to=cut,
-                side=request.truncation_side,
-                task=task,
-            )
+        # Task adapters go by the names of their prompts.
+        task = task_number(loaded.tasks, None, request.prompt_name)
+        texts, token_ids, side = request.texts, request.token_ids, request.truncation_side
+        prompt = "" if texts is None else choose_prompt(loaded.checkpoint, request.prompt, request.prompt_name)
 
         def work() -> list[Encoding]:
-            encodings = tokenize()
+            if token_ids is not None:
+                encodings = tokenizer.encode_ids(token_ids, truncate_to=cut, side=side, task=task)
+            else:
+                encodings = tokenizer.encode_texts(
+                    texts or (),
+                    prompt=prompt,
+                    add_special_tokens=request.add_special_tokens,
+                    truncate_to=cut,
+                    side=side,
+                    task=task,
+                )
             if self._refiner is not None:
                 self._refiner.saw(map(len, encodings))
             return encodings
 
-        encodings = await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
+        if effort(texts or token_ids or (), prompt) <= INLINE_EFFORT:
+            encodings = work()
+        else:
+            encodings = await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
         # Without special tokens a text of white space or control characters alone has no tokens at all.
         for index, encoding in enumerate(encodings):
             if not len(encoding):
                 raise InputError(f"input[{index}] has no tokens; it must not be empty", index=index)
         return encodings
+
+
+def effort(inputs: Sequence[str] | Sequence[Sequence[int]], prompt: str) -> int:
+    """How much there is to tokenise, in characters."""
+    return sum(map(len, inputs)) + len(inputs) * (len(prompt) + ITEM_EFFORT)

@@ -356,3 +356,26 @@ def test_a_folder_without_a_usable_tokenizer(tmp_path: Path, files: dict[str, An
         (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(CorruptCheckpointError, match=str(tmp_path)):
         Tokenizer.from_folder(tmp_path, vocab_size=64, max_length=20)
+
+
+@pytest.mark.parametrize("text", ["", "a", "naïve café, 漢字 😀", "word " * 90, "word " * 200])
+def test_a_text_alone_has_the_ids_it_has_in_a_batch(tokenizer: Tokenizer, text: str) -> None:
+    [alone] = tokenizer.encode_texts([text], truncate_to=MAX_LENGTH)
+    _, among, _ = tokenizer.encode_texts(["x", text, "y z"], truncate_to=MAX_LENGTH)
+    np.testing.assert_array_equal(alone.ids, among.ids)
+    assert alone.ids.dtype == among.ids.dtype == np.int32
+
+
+def test_half_a_surrogate_pair_alone(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InputTypeError, match=r"input\[0\] holds half of a surrogate pair"):
+        tokenizer.encode_texts(["\ud800"])
+
+
+@pytest.mark.parametrize(("texts", "index"), [(["zebra"], 0), (["the", "", "a zebra"], 2)])
+def test_a_token_without_a_vector_names_its_text(minilm_folder: Path, texts: list[str], index: int) -> None:
+    zebra = Tokenizer.from_folder(minilm_folder, vocab_size=VOCAB_SIZE, max_length=MAX_LENGTH).token_id("zebra")
+    assert zebra is not None
+    tokenizer = Tokenizer.from_folder(minilm_folder, vocab_size=zebra, max_length=MAX_LENGTH)
+    with pytest.raises(TokenIdError, match=f"is the token id {zebra}, but") as caught:
+        tokenizer.encode_texts(texts)
+    assert caught.value.index == index

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import math
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from quart import Quart
 from quart.typing import TestClientProtocol as Client
 
 from jaxembed.errors import CheckpointNotFoundError
+from jaxembed.tokenizer import Tokenizer
 from jaxembed.types import NO_TASK
 from jaxembed_server.app import create_app, service_of
 from jaxembed_server.config import ServerConfig
@@ -130,6 +132,40 @@ def test_options_reach_the_tokenizer_and_the_engine() -> None:
         assert await first(input="abc", dimensions=4) == embedding("abc")
 
     run(test)
+
+
+@pytest.mark.parametrize(
+    ("fields", "inline"),
+    [
+        ({"input": "a" * 400}, True),
+        ({"input": ["a"] * 30}, True),
+        ({"input": [1] * 400}, True),
+        ({"input": "a" * 600}, False),
+        ({"input": ["a"] * 40}, False),
+        ({"input": [[1] * 100] * 8}, False),
+        ({"input": ["a", "b"], "prompt": "p" * 300}, False),
+    ],
+)
+def test_only_a_little_is_tokenised_on_the_event_loop(
+    monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], inline: bool
+) -> None:
+    where: list[str] = []
+
+    def watched(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **options: Any) -> Any:
+            where.append(threading.current_thread().name)
+            return method(*given, **options)
+
+        return call
+
+    for name in ("encode_texts", "encode_ids"):
+        monkeypatch.setattr(Tokenizer, name, watched(getattr(Tokenizer, name)))
+
+    async def test(client: Client) -> None:
+        assert (await post(client, truncate_prompt_tokens=-1, **fields))[0] == 200
+
+    run(test)
+    assert [name.startswith("tokenize") for name in where] == [not inline]
 
 
 def test_normalisation_is_the_models_unless_asked_for() -> None:
