@@ -75,8 +75,8 @@ type: $(VENV)/.lint  ## types alone
 	@touch $@
 
 bench: $(VENV)/.bench  ## engine and HTTP in one quick run of what is installed; bench/README.md has the long ones
-	$(BIN)/python bench/engine.py --quick
-	$(BIN)/python bench/http.py --quick
+	$(BIN)/python -m bench.engine --quick --no-peers
+	$(BIN)/python -m bench.http --quick --no-peers
 
 bench-peers: $(VENV)/.bench $(PEERS:%=.venv-peers/%/.ready)  ## environments of the peers for the long benchmarks (9 GB)
 

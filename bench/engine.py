@@ -30,7 +30,7 @@ SINGLES = 100
 SINGLE = "queries"
 """The set they are taken from."""
 
-QUICK = 16
+QUICK = 32
 """A smoke test takes one text in so many."""
 
 Times = dict[str, dict[str, list[float]]]
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Choosing shapes for three sets takes longer than everything else here.
         names = [name for name in names if "refined" not in name]
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
-        workers, absent = prepare(names, options.model, sets, Path(folder), stack)
+        workers, absent = prepare(names, options.model, sets, Path(folder), stack, peers=not options.no_peers)
         cosines = agreement(workers, sets)
         times = measure(
             workers, options.sets, 20 if options.quick else SINGLES, 2 if options.quick else options.repeats
@@ -65,12 +65,13 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--engines", nargs="+", default=[], help="parts of the names of those to run (default: all)")
     parser.add_argument("--repeats", type=int, default=5, help="rounds through all engines (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="few texts, two repeats: a smoke test")
+    parser.add_argument("--no-peers", action="store_true", help="only what the project's own environment has")
     parser.add_argument("--out", type=Path, default=None, help="markdown file to write (default: print)")
     return parser.parse_args(argv)
 
 
 def prepare(
-    names: Sequence[str], model: str, sets: Mapping[str, TextSet], folder: Path, stack: ExitStack
+    names: Sequence[str], model: str, sets: Mapping[str, TextSet], folder: Path, stack: ExitStack, *, peers: bool
 ) -> tuple[dict[str, Worker], dict[str, str]]:
     """Start the engines one by one: those that run, ready for the sets, and for the others why not."""
     workers: dict[str, Worker] = {}
@@ -78,7 +79,7 @@ def prepare(
     device: str | None = "cpu"
     for name in names:
         begun = time.perf_counter()
-        made = start(ENGINES[name], model, folder, device)
+        made = start(ENGINES[name], model, folder, device=device, peers=peers)
         if isinstance(made, str):
             absent[name] = made
             continue

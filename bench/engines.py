@@ -63,22 +63,23 @@ ENGINES: Mapping[str, Spec] = {spec.name: spec for spec in SPECS}
 """Name in the tables -> engine. The last ones are the peers."""
 
 
-def environment_of(home: str | None, needs: tuple[str, ...] = ()) -> str | None:
+def environment_of(home: str | None, needs: tuple[str, ...] = (), *, peers: bool = True) -> str | None:
     """The Python that runs a peer; None if it is not installed.
 
     Args:
         home: name of its environment; None for our own.
         needs: modules by which our own can stand in; none: it cannot.
+        peers: whether environments beside our own may be used.
     """
     if home is None:
         return sys.executable
     # Written once everything is in: a broken build is no environment.
-    if (PEERS / home / ".ready").is_file():
+    if peers and (PEERS / home / ".ready").is_file():
         return str(PEERS / home / "bin" / "python")
     return sys.executable if needs and all(importlib.util.find_spec(name) for name in needs) else None
 
 
-def start(spec: Spec, model: str, folder: Path, device: str | None = "cpu") -> Worker | str:
+def start(spec: Spec, model: str, folder: Path, *, device: str | None = "cpu", peers: bool = True) -> Worker | str:
     """An engine that gave its first vector, or why there is none; ours must work, so its errors are raised.
 
     Args:
@@ -86,8 +87,9 @@ def start(spec: Spec, model: str, folder: Path, device: str | None = "cpu") -> W
         model: folder or hub id.
         folder: where exported models are kept for the run.
         device: of torch; None lets it choose.
+        peers: whether environments beside our own may be used.
     """
-    python = environment_of(spec.home, spec.needs)
+    python = environment_of(spec.home, spec.needs, peers=peers)
     if python is None:
         return ABSENT
     foreign = python != sys.executable

@@ -61,9 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         engine = replace(engine, options={**engine.options, "refined": "all" if refined else "no"})
         worker = start(engine, options.model, folder)
         assert isinstance(worker, Worker)
-        stack.enter_context(worker).load(texts)
         count = 2 if options.quick else 16
-        compared(servers, requests, reference(options.model, folder, texts, worker, count), measured)
+        # Warm after a few, where nothing is refined by them.
+        stack.enter_context(worker).load(texts)
+        compared(servers, requests, reference(options, folder, texts, worker, count), measured)
         for name, server in servers.items():
             measured.idle[name] = server.idle(IDLE)
         measure(servers, requests, worker, measured, repeats, seconds)
@@ -82,6 +83,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="rounds through all loads (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=4.0, help="length of each load (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="one short repeat, one start each: a smoke test")
+    parser.add_argument("--no-peers", action="store_true", help="only what the project's own environment has")
     parser.add_argument("--out", type=Path, default=None, help="markdown file to write (default: print)")
     return parser.parse_args(argv)
 
@@ -92,7 +94,8 @@ def started(options: argparse.Namespace, folder: Path, stack: ExitStack) -> tupl
     measured = Measured()
     for spec in SERVERS[options.dtype]:
         own = spec.home is None
-        if not own and options.servers and not any(part in spec.name for part in options.servers):
+        wanted = not options.servers or any(part in spec.name for part in options.servers)
+        if not own and (options.no_peers or not wanted):
             continue
         more = ("--refine-after", "0" if options.quick else str(REFINE_AFTER)) if own else ()
         cache = None if options.quick else folder / spec.name.replace(" ", "-")
@@ -138,10 +141,10 @@ async def refine(server: Server, requests: Mapping[str, Sequence[bytes]]) -> Non
 
 
 def reference(
-    model: str, folder: Path, texts: Mapping[str, Sequence[str]], ours: Worker, count: int
+    options: argparse.Namespace, folder: Path, texts: Mapping[str, Sequence[str]], ours: Worker, count: int
 ) -> dict[str, np.ndarray]:
     """Set -> vectors of sentence-transformers, or of our engine where that does not run: of what `compared` asks."""
-    made = start(ENGINES[REFERENCE], model, folder)
+    made = start(ENGINES[REFERENCE], options.model, folder, peers=not options.no_peers)
     first = {"queries": 16 * count, "mixed": LIST * count}
     if isinstance(made, str):
         return {name: ours.vectors(name, first[name]) for name in texts}

@@ -1,10 +1,12 @@
 """The bench's side of workers/worker.py: starts an engine under its own Python, asks it, keeps it asleep between."""
 
 import base64
+import ctypes
 import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
@@ -15,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["WORKERS", "Worker", "end", "environment", "group_usage", "resident"]
+__all__ = ["WORKERS", "Worker", "end", "environment", "fall_with_parent", "group_usage", "resident"]
 
 WORKERS = Path(__file__).resolve().parent / "workers"
 LIMIT = 900.0
@@ -52,6 +54,7 @@ class Worker:
             stderr=self._log,
             env=environment(foreign=foreign),
             start_new_session=True,
+            preexec_fn=fall_with_parent,
         )
         try:
             hello = self._read()
@@ -120,6 +123,12 @@ class Worker:
             raise RuntimeError(said[-1])
         os.killpg(self._process.pid, signal.SIGSTOP)
         return json.loads(line)
+
+
+def fall_with_parent() -> None:
+    """Run by a child before its program: it is killed when the benchmark is, which a stopped process would not see."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def environment(*, foreign: bool) -> dict[str, str]:
