@@ -62,9 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         worker = start(engine, options.model, folder)
         assert isinstance(worker, Worker)
         count = 2 if options.quick else 16
-        # Warm after a few, where nothing is refined by them.
         stack.enter_context(worker).load(texts)
-        compared(servers, requests, reference(options, folder, texts, worker, count), measured)
+        measured.reference, wanted = reference(options, folder, texts, worker, count)
+        compared(servers, requests, wanted, measured)
         for name, server in servers.items():
             measured.idle[name] = server.idle(IDLE)
         measure(servers, requests, worker, measured, repeats, seconds)
@@ -142,15 +142,16 @@ async def refine(server: Server, requests: Mapping[str, Sequence[bytes]]) -> Non
 
 def reference(
     options: argparse.Namespace, folder: Path, texts: Mapping[str, Sequence[str]], ours: Worker, count: int
-) -> dict[str, np.ndarray]:
-    """Set -> vectors of sentence-transformers, or of our engine where that does not run: of what `compared` asks."""
-    made = start(ENGINES[REFERENCE], options.model, folder, peers=not options.no_peers)
+) -> tuple[str, dict[str, np.ndarray]]:
+    """Whose vectors, and set -> vectors of what `compared` asks: sentence-transformers', or of our engine in process
+    where that does not run, or in a smoke test of ours alone."""
     first = {"queries": 16 * count, "mixed": LIST * count}
+    made = "" if options.quick and options.no_peers else start(ENGINES[REFERENCE], options.model, folder)
     if isinstance(made, str):
-        return {name: ours.vectors(name, first[name]) for name in texts}
+        return "our engine in process", {name: ours.vectors(name, first[name]) for name in texts}
     with made:
         made.load({name: texts[name][: first[name]] for name in texts})
-        return {name: made.vectors(name) for name in texts}
+        return REFERENCE, {name: made.vectors(name) for name in texts}
 
 
 def compared(

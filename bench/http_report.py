@@ -47,6 +47,7 @@ class Measured:
         first: server -> seconds to the first vector, of each start.
         idle: server -> CPU milliseconds a second with nothing to do.
         resident: server -> MB at the end.
+        reference: whose vectors the servers' are compared with.
         cosines: (load, server) -> min cosine.
         numbers: (load, server) -> kind -> a number for each repeat; the server "" is our engine in process.
     """
@@ -55,6 +56,7 @@ class Measured:
     first: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     idle: dict[str, float] = field(default_factory=dict)
     resident: dict[str, float] = field(default_factory=dict)
+    reference: str = ""
     cosines: dict[tuple[str, str], float] = field(default_factory=dict)
     numbers: defaultdict[tuple[str, str], defaultdict[str, list[float]]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(list))
@@ -94,7 +96,7 @@ def report(measured: Measured, sets: Mapping[str, TextSet], ours: str, seconds: 
                     "p99 ms",
                     "server CPU ms a request",
                     "client CPU ms a request",
-                    "min cosine to sentence-transformers fp32",
+                    f"min cosine to {measured.reference}",
                 ],
                 loads(measured),
             ),
