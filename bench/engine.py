@@ -1,29 +1,37 @@
-"""Engines in one process on the same texts, in turns: `python -m bench.engine`. What the numbers mean: README.md.
+"""Engines on the same texts, in turns: `python -m bench.engine`. What the numbers mean: README.md.
 
-1. Every engine is made and embeds every set once: all shapes are compiled, and the vectors are compared.
-2. Each repeat runs each set through each engine, one after the other; who begins changes from repeat to repeat.
-3. Ratios are taken within a repeat; medians over the repeats are shown.
+1. Every engine gets a process of its own, under its own Python, and gives its first vector.
+2. It embeds every set once: all shapes are compiled, and the vectors are compared.
+3. Each repeat runs each set through each engine, one after the other, all others asleep; who begins changes from
+   repeat to repeat.
+4. Ratios are taken within a repeat; medians over the repeats are shown.
 """
 
 import argparse
-import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
-from bench.engines import ENGINES, OURS, REFERENCE, Engine, make, min_cosine
+from bench.engines import ENGINES, OURS, REFERENCE, min_cosine, start
+from bench.process import Worker
 from bench.report import header, publish, ratios, spread, table
 from bench.texts import SETS, TextSet, text_sets
 from jaxembed.checkpoint import DEFAULT_MODEL
 
 REST = 0.3
-"""Seconds before each timing: thread pools of the engine before spin for a while when they have no more to do."""
+"""Seconds before each timing, in which the engine before falls asleep and the clocks of the cores settle."""
 
 SINGLES = 100
 """Queries sent one at a time in each repeat."""
 
-PACKAGES = ("jaxembed", "jax", "jaxlib", "torch", "onnxruntime", "sentence-transformers", "transformers", "tokenizers")
+SINGLE = "queries"
+"""The set they are taken from."""
+
+QUICK = 32
+"""A smoke test takes one text in so many."""
 
 Times = dict[str, dict[str, list[float]]]
 """Engine -> set, or "one" -> a number for each repeat: texts per second, or milliseconds for one query (p50)."""
@@ -32,15 +40,20 @@ Times = dict[str, dict[str, list[float]]]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark as a program."""
     options = arguments(argv)
-    sets = text_sets()
+    sets = {name: one for name, one in text_sets().items() if name in {*options.sets, SINGLE}}
     if options.quick:
-        sets = {name: one.first(len(one.texts) // 32) for name, one in sets.items()}
-    texts = {name: one for name, one in sets.items() if name in options.sets}
-    singles = sets["queries"].texts[: 20 if options.quick else SINGLES]
-    engines, absent = prepare(options.model, texts)
-    cosines = agreement(engines, texts)
-    times = measure(engines, texts, singles, 2 if options.quick else options.repeats)
-    publish(report(texts, absent, cosines, times), options.out)
+        sets = {name: one.first(len(one.texts) // QUICK) for name, one in sets.items()}
+    names = [name for name in ENGINES if not options.engines or any(part in name for part in options.engines)]
+    if options.quick and not options.engines:
+        # One of ours and the peers: a smoke test has two minutes.
+        names = [name for name in names if name not in OURS[1:]]
+    with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
+        workers, absent = prepare(names, options.model, sets, Path(folder), stack, peers=not options.no_peers)
+        cosines = agreement(workers, sets)
+        times = measure(
+            workers, options.sets, 20 if options.quick else SINGLES, 2 if options.quick else options.repeats
+        )
+        publish(report([sets[name] for name in options.sets], workers, absent, cosines, times), options.out)
     return 0
 
 
@@ -49,44 +62,57 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.engine", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=DEFAULT_MODEL, help="folder or hub id (default: %(default)s)")
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS, help="texts (default: all)")
+    parser.add_argument("--engines", nargs="+", default=[], help="parts of the names of those to run (default: all)")
     parser.add_argument("--repeats", type=int, default=5, help="rounds through all engines (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="few texts, two repeats: a smoke test")
+    parser.add_argument("--quick", action="store_true", help="few texts, two repeats, one of our engines: a smoke test")
+    parser.add_argument("--no-peers", action="store_true", help="only what the project's own environment has")
     parser.add_argument("--out", type=Path, default=None, help="markdown file to write (default: print)")
     return parser.parse_args(argv)
 
 
-def prepare(model: str, texts: Mapping[str, TextSet]) -> tuple[dict[str, Engine], dict[str, str]]:
-    """Make the engines: those that run, and for the others why not."""
-    engines: dict[str, Engine] = {}
+def prepare(
+    names: Sequence[str], model: str, sets: Mapping[str, TextSet], folder: Path, stack: ExitStack, *, peers: bool
+) -> tuple[dict[str, Worker], dict[str, str]]:
+    """Start the engines one by one: those that run, ready for the sets, and for the others why not."""
+    workers: dict[str, Worker] = {}
     absent: dict[str, str] = {}
-    for name in ENGINES:
-        made = make(name, model)
+    device: str | None = "cpu"
+    for name in names:
+        begun = time.perf_counter()
+        made = start(ENGINES[name], model, folder, device=device, peers=peers)
         if isinstance(made, str):
             absent[name] = made
-        else:
-            engines[name] = made
-    return engines, absent
+            continue
+        workers[name] = stack.enter_context(made)
+        if name in OURS and not made.note.startswith("on cpu"):
+            # The reference runs on the kind of device that ours runs on.
+            device = None
+        made.load({name: one.texts for name, one in sets.items()})
+        print(f"{name}: ready after {time.perf_counter() - begun:.0f} s", file=sys.stderr)
+    return workers, absent
 
 
-def agreement(engines: Mapping[str, Engine], texts: Mapping[str, TextSet]) -> dict[str, float]:
-    """Min cosine of each engine to the reference over all sets; the run also warms every shape of every engine."""
-    vectors = {name: [engine.encode(one.texts) for one in texts.values()] for name, engine in engines.items()}
-    reference = vectors.get(REFERENCE)
-    if reference is None:
+def agreement(workers: Mapping[str, Worker], sets: Mapping[str, TextSet]) -> dict[str, float]:
+    """Min cosine of each engine to the reference over all sets; empty without the reference."""
+    if REFERENCE not in workers:
         return {}
-    return {name: min(map(min_cosine, mine, reference)) for name, mine in vectors.items()}
+    reference = {name: workers[REFERENCE].vectors(name) for name in sets}
+    return {
+        engine: min(min_cosine(worker.vectors(name), reference[name]) for name in sets)
+        for engine, worker in workers.items()
+    }
 
 
-def measure(engines: Mapping[str, Engine], texts: Mapping[str, TextSet], singles: Sequence[str], repeats: int) -> Times:
+def measure(workers: Mapping[str, Worker], sets: Sequence[str], singles: int, repeats: int) -> Times:
     """Time every engine on every set and on single queries, in turns."""
-    times: Times = {name: {what: [] for what in (*texts, "one")} for name in engines}
-    order = list(engines)
+    times: Times = {name: {what: [] for what in (*sets, "one")} for name in workers}
+    order = list(workers)
     for _ in range(repeats):
-        for what in (*texts, "one"):
+        for what in (*sets, "one"):
             for name in order:
                 time.sleep(REST)
-                encode = engines[name].encode
-                value = latency(encode, singles) if what == "one" else throughput(encode, texts[what].texts)
+                ask = workers[name].ask
+                value = ask("latency", of=SINGLE, count=singles) if what == "one" else ask("rate", of=what)
                 times[name][what].append(value)
         order.append(order.pop(0))
         print(".", end="", file=sys.stderr, flush=True)
@@ -94,53 +120,48 @@ def measure(engines: Mapping[str, Engine], texts: Mapping[str, TextSet], singles
     return times
 
 
-def throughput(encode: Callable[[Sequence[str]], object], texts: Sequence[str]) -> float:
-    """Texts per second, all of them in one call."""
-    start = time.perf_counter()
-    encode(texts)
-    return len(texts) / (time.perf_counter() - start)
-
-
-def latency(encode: Callable[[Sequence[str]], object], texts: Sequence[str]) -> float:
-    """Median milliseconds of one text, each in a call of its own."""
-    taken = []
-    for text in texts:
-        start = time.perf_counter()
-        encode([text])
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken) * 1e3
-
-
-def report(texts: Mapping[str, TextSet], absent: Mapping[str, str], cosines: Mapping[str, float], times: Times) -> str:
+def report(
+    sets: Sequence[TextSet],
+    workers: Mapping[str, Worker],
+    absent: Mapping[str, str],
+    cosines: Mapping[str, float],
+    times: Times,
+) -> str:
     """The result as markdown."""
-    import jax
-
-    repeats = len(next(iter(times.values()))["one"])
-    speeds, quotients = [], []
+    columns = [one.name for one in sets]
+    speeds, quotients, remarks = [], [], []
     for name in ENGINES:
         if name in absent:
-            speeds.append([name, absent[name], *["-"] * (len(texts) + 1)])
+            speeds.append([name, absent[name], *["-"] * (len(columns) + 3)])
+        if name not in workers:
             continue
-        mine = times[name]
+        mine, worker = times[name], workers[name]
         cosine = f"{cosines[name]:.7f}" if cosines else "no reference"
-        speeds.append([name, *(spread(mine[what]) for what in texts), spread(mine["one"], 2), cosine])
+        numbers = [*(spread(mine[what]) for what in columns), spread(mine["one"], 2)]
+        speeds.append([name, *numbers, cosine, f"{worker.resident:,.0f}", f"{worker.cold:.1f}"])
+        versions = ", ".join(f"{package} {version}" for package, version in worker.versions.items())
+        remarks.append(f"- {name}: {versions}{'; ' if worker.note else ''}**{worker.note}**".replace("****", ""))
     for name in OURS:
-        for peer in ENGINES:
-            if peer not in OURS and peer not in absent:
-                faster = [ratios(times[name][what], times[peer][what]) for what in texts]
+        for peer in workers:
+            if name in workers and peer not in OURS:
+                faster = [ratios(times[name][what], times[peer][what]) for what in columns]
                 quotients.append([f"{name} / {peer}", *faster, ratios(times[peer]["one"], times[name]["one"])])
-    device = jax.devices()[0].device_kind
+    repeats = len(next(iter(times.values()))["one"])
     return "\n\n".join(
         [
-            header("Engines in one process", PACKAGES, f"{jax.default_backend()} ({device})"),
+            header("Engines in process"),
             table(
                 ["set", "texts", "tokens", "tokens a text: 0/5/50/95/100 %", "digest"],
-                [t.row() for t in texts.values()],
+                [one.row() for one in sets],
             ),
             f"Texts per second and milliseconds for one query (p50): median (least-largest) of {repeats} repeats.",
-            table(["engine", *texts, "one query, ms", f"min cosine to {REFERENCE}"], speeds),
+            table(
+                ["engine", *columns, "one query, ms", f"min cosine to {REFERENCE}", "RSS MB", "cold start, s"],
+                speeds,
+            ),
+            "\n".join(remarks),
             "How many times as fast, within a repeat: median (least-largest). Over 1, the first is faster.",
-            table(["engines", *texts, "one query"], quotients),
+            table(["engines", *columns, "one query"], quotients),
         ]
     )
 

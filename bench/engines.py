@@ -1,174 +1,145 @@
-"""The engines that are measured, each behind the same two lines: a name, and texts -> vectors.
+"""The engines that are measured in process: what each is called, which module of `workers` runs it, and where.
 
-Every peer is imported only when it is made, so that one which is not installed is a line in the result and no crash.
+A peer has an environment of its own, which `make bench-peers` builds; our own stands in for it where it has the same
+packages. One that has neither is a line in the result.
 """
 
-import tempfile
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from jaxembed.checkpoint import Checkpoint, resolve
-from jaxembed.types import PoolingMode
+from bench.process import WORKERS, Worker, environment
+from jaxembed.checkpoint import resolve
 
-__all__ = ["ENGINES", "OURS", "REFERENCE", "Engine", "Jaxembed", "SentenceTransformers", "make", "min_cosine"]
+__all__ = ["ABSENT", "ENGINES", "OURS", "REFERENCE", "Spec", "environment_of", "min_cosine", "start"]
 
-Vectors = npt.NDArray[np.float32]
-BATCH = 32
-"""Texts a batch of the peers, sorted by length: sentence-transformers' own default."""
-
-
-class Engine(Protocol):
-    """What is measured."""
-
-    def encode(self, texts: Sequence[str]) -> Vectors:
-        """One vector a text, in order; tokenising is part of it."""
-        ...
+PEERS = Path(__file__).resolve().parent.parent / ".venv-peers"
+ABSENT = "absent: run make bench-peers"
 
 
-class Jaxembed:
-    """Ours, with its default ladder, every shape compiled.
+@dataclass(frozen=True)
+class Spec:
+    """One engine.
 
-    Args:
-        model: folder or hub id.
-        dtype: "float32" or "bfloat16".
+    Attributes:
+        name: in the tables.
+        module: of `workers`.
+        options: of the module's `make`, beside the model.
+        home: the peer's environment; None for ours.
+        needs: modules by which our own environment can stand in for it.
     """
 
-    def __init__(self, model: str, dtype: str) -> None:
-        from jaxembed import Embedder
-        from jaxembed.warmup import cache_folder, use_cache, warm
-
-        # Executables of an earlier run are taken as a server takes them: this shortens the start, nothing else.
-        use_cache(cache_folder())
-        self._embedder = Embedder.from_pretrained(model, dtype=dtype)
-        warm(self._embedder.engine)
-
-    def encode(self, texts: Sequence[str]) -> Vectors:
-        return self._embedder.encode(texts)
-
-
-class SentenceTransformers:
-    """sentence-transformers on torch in float32, on the kind of device that JAX uses."""
-
-    def __init__(self, model: str) -> None:
-        import jax
-        from sentence_transformers import SentenceTransformer
-
-        device = "cpu" if jax.default_backend() == "cpu" else None
-        self._model = SentenceTransformer(str(resolve(model)), device=device)
-
-    def encode(self, texts: Sequence[str]) -> Vectors:
-        return np.asarray(self._model.encode(list(texts), batch_size=BATCH, show_progress_bar=False))
-
-
-class OnnxRuntime:
-    """onnxruntime on CPU in float32: batches sorted by length; pooling and norm in numpy.
-
-    Raises:
-        ValueError: the model is no BERT with mean pooling, which is all that this loop does.
-    """
-
-    def __init__(self, model: str) -> None:
-        import onnxruntime
-        from transformers import AutoTokenizer
-
-        checkpoint = Checkpoint.open(model)
-        if checkpoint.config.get("model_type") != "bert" or checkpoint.pooling.modes != (PoolingMode.MEAN,):
-            raise ValueError("this loop does BERT with mean pooling only")
-        self._normalize = checkpoint.normalize
-        self._tokenizer = AutoTokenizer.from_pretrained(str(checkpoint.folder), local_files_only=True).backend_tokenizer
-        self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(checkpoint.max_length)
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "model.onnx"
-            export(checkpoint.folder, file)
-            self._session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-
-    def encode(self, texts: Sequence[str]) -> Vectors:
-        rows = [one.ids for one in self._tokenizer.encode_batch_fast(list(texts))]
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
-        parts = [self._run([rows[i] for i in order[k : k + BATCH]]) for k in range(0, len(order), BATCH)]
-        result = np.empty((len(rows), parts[0].shape[1]), np.float32)
-        result[order] = np.concatenate(parts)
-        return result
-
-    def _run(self, rows: Sequence[Sequence[int]]) -> Vectors:
-        shape = (len(rows), len(rows[0]))
-        ids, mask = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = row
-            mask[i, : len(row)] = 1.0
-        hidden = self._session.run(None, {"input_ids": ids, "mask": mask})[0]
-        mean = np.einsum("btd,bt->bd", hidden, mask) / mask.sum(axis=1, keepdims=True)
-        return mean / np.linalg.norm(mean, axis=1, keepdims=True) if self._normalize else mean
-
-
-def export(folder: Path, file: Path) -> None:
-    """Write a BERT checkpoint as ONNX: (input_ids int64 [B, T], mask float32 [B, T]) -> hidden float32 [B, T, D]."""
-    import torch
-    from transformers import BertModel
-
-    class Encoder(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.bert = BertModel.from_pretrained(folder, attn_implementation="eager", local_files_only=True)
-
-        def forward(self, input_ids: Any, mask: Any) -> Any:
-            # Already added to the scores' shape: transformers takes a mask of four axes as it is, so that the trace
-            # holds no guess of its own about padding.
-            added = (1.0 - mask)[:, None, None, :] * torch.finfo(torch.float32).min
-            types = torch.zeros_like(input_ids)
-            return self.bert(input_ids, attention_mask=added, token_type_ids=types).last_hidden_state
-
-    ids = torch.ones((2, 8), dtype=torch.int64)
-    axes = {0: "batch", 1: "length"}
-    with warnings.catch_warnings():
-        # The exporter warns of itself and of branches that it traced one way.
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            Encoder().eval(),
-            (ids, torch.ones(ids.shape)),
-            str(file),
-            input_names=["input_ids", "mask"],
-            output_names=["hidden"],
-            dynamic_axes={"input_ids": axes, "mask": axes, "hidden": axes},
-            opset_version=17,
-            dynamo=False,
-        )
+    name: str
+    module: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    home: str | None = None
+    needs: tuple[str, ...] = ()
 
 
 REFERENCE = "sentence-transformers fp32"
-OURS = ("jaxembed fp32", "jaxembed bf16")
+OURS = ("jaxembed fp32", "jaxembed fp32 refined", "jaxembed bf16", "jaxembed bf16 refined")
+ST, ONNX = "sentence-transformers", "sentence-transformers-onnx"
 
-ENGINES: Mapping[str, Callable[[str], Engine]] = {
-    OURS[0]: partial(Jaxembed, dtype="float32"),
-    OURS[1]: partial(Jaxembed, dtype="bfloat16"),
-    REFERENCE: SentenceTransformers,
-    "onnxruntime fp32": OnnxRuntime,
-}
-"""Name in the tables -> how to make it. The last ones are the peers."""
+SPECS = (
+    *(
+        Spec(name, "engine_jaxembed", {"dtype": dtype, "refined": "each" if "refined" in name else "no"})
+        for name, dtype in zip(OURS, ("float32", "float32", "bfloat16", "bfloat16"), strict=True)
+    ),
+    Spec(REFERENCE, "engine_sentence_transformers", {"backend": "torch"}, ST, ("sentence_transformers", "torch")),
+    Spec("sentence-transformers ONNX fp32", "engine_sentence_transformers", {"backend": "onnx"}, ONNX),
+    Spec("sentence-transformers OpenVINO fp32", "engine_sentence_transformers", {"backend": "openvino"}, ST),
+    Spec("onnxruntime fp32", "engine_onnxruntime", {}, "loops", ("onnxruntime", "tokenizers")),
+    Spec("OpenVINO fp32, 2 streams", "engine_openvino", {"precision": "f32"}, "loops", ("openvino", "tokenizers")),
+    Spec("OpenVINO bf16, 2 streams", "engine_openvino", {"precision": "bf16"}, "loops", ("openvino", "tokenizers")),
+)
+ENGINES: Mapping[str, Spec] = {spec.name: spec for spec in SPECS}
+"""Name in the tables -> engine. The last ones are the peers."""
 
 
-def make(name: str, model: str) -> Engine | str:
-    """An engine ready to run, or why there is none; ours must work, so its errors are raised."""
+def environment_of(home: str | None, needs: tuple[str, ...] = (), *, peers: bool = True) -> str | None:
+    """The Python that runs a peer; None if it is not installed.
+
+    Args:
+        home: name of its environment; None for our own.
+        needs: modules by which our own can stand in; none: it cannot.
+        peers: whether environments beside our own may be used.
+    """
+    if home is None:
+        return sys.executable
+    # Written once everything is in: a broken build is no environment.
+    if peers and (PEERS / home / ".ready").is_file():
+        return str(PEERS / home / "bin" / "python")
+    return sys.executable if needs and all(importlib.util.find_spec(name) for name in needs) else None
+
+
+def start(spec: Spec, model: str, folder: Path, *, device: str | None = "cpu", peers: bool = True) -> Worker | str:
+    """An engine that gave its first vector, or why there is none; ours must work, so its errors are raised.
+
+    Args:
+        spec: which.
+        model: folder or hub id.
+        folder: where exported models are kept for the run.
+        device: of torch; None lets it choose.
+        peers: whether environments beside our own may be used.
+    """
+    python = environment_of(spec.home, spec.needs, peers=peers)
+    if python is None:
+        return ABSENT
+    foreign = python != sys.executable
+    options = dict(spec.options)
     try:
-        return ENGINES[name](model)
-    except ModuleNotFoundError as error:
-        if name in OURS:
+        options["model"] = str(resolve(model))
+        if spec.module in ("engine_onnxruntime", "engine_openvino"):
+            options["onnx"] = str(onnx(options["model"], folder))
+        elif spec.module == "engine_sentence_transformers":
+            options["device"] = device
+            if options["backend"] != "torch":
+                saved = folder / options["backend"]
+                script(python, "engine_sentence_transformers.py", options["model"], options["backend"], str(saved))
+                options["model"] = str(saved)
+        return Worker(python, spec.module, options, foreign=foreign)
+    except RuntimeError as error:
+        if spec.name in OURS:
             raise
-        return f"absent: {error.name} is not installed"
-    except Exception as error:  # Whatever keeps a peer from running is for the table to say.
-        if name in OURS:
-            raise
-        return f"absent: {type(error).__name__}: {(str(error) or '?').splitlines()[0]}"
+        return f"absent: {error}"
 
 
-def min_cosine(a: Vectors, b: Vectors) -> float:
+def onnx(model: str, folder: Path) -> Path:
+    """The file of the plain loops, written by whichever environment has what that takes.
+
+    Raises:
+        RuntimeError: none has, or the model is of another kind.
+    """
+    file = folder / "model.onnx"
+    if not file.is_file():
+        ours = environment_of("", ("torch", "onnx", "transformers"))
+        python = ours or environment_of(ST)
+        if python is None:
+            raise RuntimeError("no environment has torch and onnx to export the model with; run make bench-peers")
+        script(python, "export.py", model, str(file))
+    return file
+
+
+def script(python: str, name: str, *arguments: str) -> None:
+    """Run a program of `workers` to its end.
+
+    Raises:
+        RuntimeError: it failed; the message is the last line that it wrote.
+    """
+    line = [python, str(WORKERS / name), *arguments]
+    done = subprocess.run(line, env=environment(foreign=python != sys.executable), capture_output=True, check=False)
+    if done.returncode:
+        raise RuntimeError((done.stderr.decode(errors="replace").strip().splitlines() or ["it failed in silence"])[-1])
+
+
+def min_cosine(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> float:
     """The least cosine between rows of the same index, in float64."""
     x, y = a.astype(np.float64), b.astype(np.float64)
     return float(((x * y).sum(axis=1) / (np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1))).min())

@@ -1,73 +1,76 @@
-"""The server as its users meet it, beside the engines in process: `python -m bench.http`. README.md explains.
+"""Servers as their users meet them, side by side: `python -m bench.http`. What the numbers mean: README.md.
 
-1. A worker process makes the engines; it sleeps while the server is measured, and the server while the worker is.
-2. The server is started by its command line; GET /ready says when it serves.
-3. Answers are compared with sentence-transformers' vectors, under the same load that is measured.
-4. Each repeat measures, in turns: one query at a time, short queries from many clients, lists of mixed texts.
+1. Each server is started by its command line, twice: how long until the first vector, with nothing kept from an
+   earlier start and with what the first one kept. The second start stays; it sleeps while others are measured.
+2. Its vectors are compared with sentence-transformers', asked for by as many clients as in the load.
+3. Ours has its shapes refined by such texts, as it does by itself after a while; so has our engine in process.
+4. Each repeat runs each load on each server and on our engine in process, in turns; who begins changes.
 """
 
 import argparse
 import asyncio
-import os
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from bench.client import drive, exchange, get, prepare, vectors
-from bench.engines import min_cosine
-from bench.inprocess import Worker
-from bench.report import header, publish, ratios, spread, table
+from bench.client import drive, exchange, prepare, vectors
+from bench.engines import ENGINES, REFERENCE, min_cosine, start
+from bench.http_report import LIST, LOADS, Measured, report
+from bench.process import Worker
+from bench.report import publish
+from bench.servers import NAME, OURS, SERVERS, Server, begin
 from bench.texts import text_sets
 from jaxembed.checkpoint import DEFAULT_MODEL
 
-CLIENTS = {"one query at a time": 1, "short queries": 32, "mixed texts, float": 4, "mixed texts, base64": 4}
-"""Clients at a time in each load. Mixed texts come 32 in a request."""
-LIST = 32
 REST = 0.3
-START_LIMIT = 600.0
-PACKAGES = ("jaxembed", "jax", "jaxlib", "quart", "hypercorn", "uvloop", "torch", "sentence-transformers")
-
-Numbers = dict[str, list[float]]
+SINGLES = 100
+"""Queries in a row to our engine in process."""
+REFINED = "the ladder after"
+"""What our server logs once it has chosen its shapes anew."""
+REFINE_LIMIT = 300.0
+REFINE_AFTER = 5000
+"""Inputs before that; the next time comes after ten times as many, which no run reaches."""
+IDLE = 3.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark as a program."""
     options = arguments(argv)
-    # A signal must take the way through every `finally`, or the server would outlive us.
+    # A signal must take the way through every `finally`, or the servers would outlive us.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     seconds, repeats = (1.0, 1) if options.quick else (options.seconds, options.repeats)
     sets = text_sets()
-    queries = list(sets["queries"].texts)
-    mixed = list(sets["mixed"].texts)
-    starts: list[list[str]] = []
-    with tempfile.TemporaryDirectory() as cache, Worker(options.model, options.dtype, queries, mixed) as worker:
-        command = [options.model, "--dtype", options.dtype]
-        if not options.quick:
-            command += ["--cache-dir", cache]
-            with server(command) as (_, process, ready):
-                starts.append(["compiling every shape", f"{ready:.1f}", f"{resident(process.pid):,.0f}"])
-        with server(command) as (port, process, ready):
-            lists = [mixed[i : i + LIST] for i in range(0, len(mixed) - LIST + 1, LIST)]
-            loads = {
-                "one query at a time": [prepare(port, options.model, [text], "float") for text in queries],
-                "short queries": [prepare(port, options.model, [text], "float") for text in queries],
-                "mixed texts, float": [prepare(port, options.model, texts, "float") for texts in lists],
-                "mixed texts, base64": [prepare(port, options.model, texts, "base64") for texts in lists],
-            }
-            cosines = asyncio.run(agreement(port, worker, loads, queries, lists, 2 if options.quick else 16))
-            numbers = measure(port, process.pid, worker, loads, repeats, seconds)
-            how = "shapes from the cache, if they were in it" if options.quick else "shapes from the cache"
-            starts.append([how, f"{ready:.1f}", f"{resident(process.pid):,.0f}"])
-    publish(report(starts, worker, cosines, numbers, seconds), options.out)
+    texts = {"queries": list(sets["queries"].texts), "mixed": list(sets["mixed"].texts)}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        servers, measured = started(options, folder, stack)
+        requests = {name: prepared(server.port, texts) for name, server in servers.items()}
+        ours = OURS[options.dtype]
+        refined = not options.quick
+        if refined:
+            asyncio.run(refine(servers[ours], requests[ours]))
+        engine = ENGINES[ours]
+        engine = replace(engine, options={**engine.options, "refined": "all" if refined else "no"})
+        worker = start(engine, options.model, folder)
+        assert isinstance(worker, Worker)
+        count = 2 if options.quick else 16
+        stack.enter_context(worker).load(texts)
+        measured.reference, wanted = reference(options, folder, texts, worker, count)
+        compared(servers, requests, wanted, measured)
+        for name, server in servers.items():
+            measured.idle[name] = server.idle(IDLE)
+        measure(servers, requests, worker, measured, repeats, seconds)
+        for name, server in servers.items():
+            measured.resident[name] = server.usage()[1]
+    publish(report(measured, sets, ours, seconds, refined=refined), options.out)
     return 0
 
 
@@ -75,156 +78,162 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.http", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=DEFAULT_MODEL, help="folder or hub id (default: %(default)s)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="(default: %(default)s)")
+    parser.add_argument("--dtype", default="float32", choices=tuple(OURS), help="(default: %(default)s)")
+    parser.add_argument("--servers", nargs="+", default=[], help="parts of the names of the peers (default: all)")
     parser.add_argument("--repeats", type=int, default=5, help="rounds through all loads (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=4.0, help="length of each load (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="one short repeat, one start: a smoke test")
+    parser.add_argument("--quick", action="store_true", help="one short repeat, one start each: a smoke test")
+    parser.add_argument("--no-peers", action="store_true", help="only what the project's own environment has")
     parser.add_argument("--out", type=Path, default=None, help="markdown file to write (default: print)")
     return parser.parse_args(argv)
 
 
-@contextmanager
-def server(command: Sequence[str]) -> Iterator[tuple[int, "subprocess.Popen[bytes]", float]]:
-    """Start the server, wait until it is ready, and end it in every case.
+def started(options: argparse.Namespace, folder: Path, stack: ExitStack) -> tuple[dict[str, Server], Measured]:
+    """Start the servers one by one, those before asleep."""
+    servers: dict[str, Server] = {}
+    measured = Measured()
+    for spec in SERVERS[options.dtype]:
+        own = spec.home is None
+        wanted = not options.servers or any(part in spec.name for part in options.servers)
+        if not own and (options.no_peers or not wanted):
+            continue
+        more = ("--refine-after", "0" if options.quick else str(REFINE_AFTER)) if own else ()
+        cache = None if options.quick else folder / spec.name.replace(" ", "-")
+        for _ in range(1 if options.quick else 2):
+            if spec.name in servers:
+                servers[spec.name].close()
+            made = begin(spec, options.model, cache, *more)
+            if isinstance(made, str):
+                measured.absent[spec.name] = made
+                break
+            measured.first[spec.name].append(made.first)
+            servers[spec.name] = stack.enter_context(made)
+        print(f"{spec.name}: {measured.absent.get(spec.name, measured.first[spec.name])}", file=sys.stderr)
+    return servers, measured
 
-    Yields:
-        Its port, its process, and the seconds from start to ready.
+
+def prepared(port: int, texts: Mapping[str, Sequence[str]]) -> dict[str, list[bytes]]:
+    """Load -> its requests."""
+    one = [prepare(port, NAME, [text], "float") for text in texts["queries"]]
+    lists = [texts["mixed"][i : i + LIST] for i in range(0, len(texts["mixed"]) - LIST + 1, LIST)]
+    wanted = {encoding: [prepare(port, NAME, part, encoding) for part in lists] for encoding in ("float", "base64")}
+    return {load: wanted[kind.encoding] if kind.size > 1 else one for load, kind in LOADS.items()}
+
+
+async def refine(server: Server, requests: Mapping[str, Sequence[bytes]]) -> None:
+    """Send as many inputs as make our server look at its shapes, and wait until it has.
 
     Raises:
-        RuntimeError: it ended, or was not ready in time; the end of its log is in the message.
+        RuntimeError: it took too long.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    line = [sys.executable, "-m", "jaxembed_server", *command, "--host", "127.0.0.1", "--port", str(port)]
-    with tempfile.TemporaryFile() as log:
-        start = time.perf_counter()
-        process = subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            while asyncio.run(get(port, "/ready")) != 200:
-                if process.poll() is not None or time.perf_counter() - start > START_LIMIT:
-                    log.seek(0)
-                    raise RuntimeError(f"the server did not become ready:\n{log.read()[-2000:].decode()}")
-                time.sleep(0.05)
-            yield port, process, time.perf_counter() - start
-        finally:
-            process.terminate()
-            try:
-                process.wait(15)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+    server.wake()
+    sent = 0
+    while sent < REFINE_AFTER:
+        for load in ("short queries", "mixed texts, float"):
+            await exchange(server.port, LOADS[load].clients, requests[load])
+            sent += len(requests[load]) * LOADS[load].size
+    deadline = time.perf_counter() + REFINE_LIMIT
+    while REFINED not in server.log():
+        if time.perf_counter() > deadline:
+            raise RuntimeError(f"the shapes were not refined; the end of the log: {server.log()[-1000:]}")
+        await asyncio.sleep(0.5)
+    server.sleep()
 
 
-async def agreement(
-    port: int,
-    worker: Worker,
-    loads: dict[str, list[bytes]],
-    queries: Sequence[str],
-    lists: Sequence[Sequence[str]],
-    count: int,
-) -> dict[str, float]:
-    """Min cosine of the server's vectors to the reference, asked by as many clients as in the load itself."""
-    cosines = {}
-    for load, requests in loads.items():
-        wanted = lists[:count] if "mixed" in load else [[text] for text in queries[: 16 * count]]
-        bodies = await exchange(port, CLIENTS[load], requests[: len(wanted)])
-        reference = worker.embed([text for texts in wanted for text in texts])
-        cosines[load] = min_cosine(np.concatenate([vectors(body) for body in bodies]), reference)
-    return cosines
+def reference(
+    options: argparse.Namespace, folder: Path, texts: Mapping[str, Sequence[str]], ours: Worker, count: int
+) -> tuple[str, dict[str, np.ndarray]]:
+    """Whose vectors, and set -> vectors of what `compared` asks: sentence-transformers', or of our engine in process
+    where that does not run, or in a smoke test of ours alone."""
+    first = {"queries": 16 * count, "mixed": LIST * count}
+    made = "" if options.quick and options.no_peers else start(ENGINES[REFERENCE], options.model, folder)
+    if isinstance(made, str):
+        return "our engine in process", {name: ours.vectors(name, first[name]) for name in texts}
+    with made:
+        made.load({name: texts[name][: first[name]] for name in texts})
+        return REFERENCE, {name: made.vectors(name) for name in texts}
+
+
+def compared(
+    servers: Mapping[str, Server],
+    requests: Mapping[str, Mapping[str, Sequence[bytes]]],
+    wanted: Mapping[str, np.ndarray],
+    measured: Measured,
+) -> None:
+    """Note the min cosine of each server's vectors, asked for by as many clients as in the load itself."""
+    for name, server in servers.items():
+        server.wake()
+        for load, kind in LOADS.items():
+            rows = wanted[kind.of]
+            bodies = asyncio.run(exchange(server.port, kind.clients, requests[name][load][: len(rows) // kind.size]))
+            measured.cosines[load, name] = min_cosine(np.concatenate([vectors(body) for body in bodies]), rows)
+        server.sleep()
 
 
 def measure(
-    port: int, pid: int, worker: Worker, loads: dict[str, list[bytes]], repeats: int, seconds: float
-) -> Numbers:
-    """Run every load on the server and its like in process, in turns.
-
-    Returns:
-        "engine: load" -> a number for each repeat: texts per second, or milliseconds for one query.
-    """
-    numbers: Numbers = defaultdict(list)
+    servers: Mapping[str, Server],
+    requests: Mapping[str, Mapping[str, Sequence[bytes]]],
+    worker: Worker,
+    measured: Measured,
+    repeats: int,
+    seconds: float,
+) -> None:
+    """Run every load on every server and its like in process, in turns; then a lone query beside a bulk job on ours."""
+    numbers = measured.numbers
+    ours, *_ = servers
+    order = [*servers, ""]
     for _ in range(repeats):
-        for load, requests in loads.items():
-            time.sleep(REST)
-            used = processor_seconds(pid)
-            one = asyncio.run(drive(port, CLIENTS[load], requests, seconds))
-            count = len(one.milliseconds)
-            numbers[f"server ms a request: {load}"].append((processor_seconds(pid) - used) / count * 1e3)
-            numbers[f"client ms a request: {load}"].append(one.client / count * 1e3)
-            numbers[f"p50: {load}"].append(float(np.percentile(one.milliseconds, 50)))
-            numbers[f"p99: {load}"].append(float(np.percentile(one.milliseconds, 99)))
-            numbers[f"server: {load}"].append(one.rate * (LIST if "mixed" in load else 1))
-            if "base64" in load:
-                continue
-            for engine in worker.engines:
+        for load, kind in LOADS.items():
+            for name in order:
                 time.sleep(REST)
-                numbers[f"{engine}: {load}"].append(worker.measure(engine, load, seconds))
+                if name:
+                    spell(servers[name], requests[name][load], kind.clients, seconds, kind.size, numbers[load, name])
+                elif load == "one query at a time":
+                    numbers[load, ""]["p50"].append(worker.ask("latency", of=kind.of, count=SINGLES))
+                else:
+                    numbers[load, ""]["rate"].append(worker.ask("calls", of=kind.of, size=LIST, seconds=seconds))
+        time.sleep(REST)
+        asyncio.run(beside(servers[ours], requests[ours], 2 * seconds, numbers["beside", ours]))
+        numbers["beside", ours]["dispatch"].append(worker.ask("dispatch"))
+        order.append(order.pop(0))
         print(".", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    return numbers
 
 
-def processor_seconds(pid: int) -> float:
-    """CPU seconds that a process has used; NaN where there is no /proc."""
-    stat = Path(f"/proc/{pid}/stat")
-    if not stat.is_file():
-        return float("nan")
-    fields = stat.read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+def spell(
+    server: Server,
+    requests: Sequence[bytes],
+    clients: int,
+    seconds: float,
+    size: int,
+    numbers: defaultdict[str, list[float]],
+) -> None:
+    """One load on one server."""
+    server.wake()
+    used = server.usage()[0]
+    one = asyncio.run(drive(server.port, clients, requests, seconds))
+    count = len(one.milliseconds)
+    numbers["server"].append((server.usage()[0] - used) / count * 1e3)
+    numbers["client"].append(one.client / count * 1e3)
+    numbers["p50"].append(float(np.percentile(one.milliseconds, 50)))
+    numbers["p99"].append(float(np.percentile(one.milliseconds, 99)))
+    numbers["rate"].append(one.rate * size)
+    server.sleep()
 
 
-def resident(pid: int) -> float:
-    """Memory of a process in MB; NaN where there is no /proc."""
-    status = Path(f"/proc/{pid}/status")
-    lines = status.read_text().splitlines() if status.is_file() else []
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS")), float("nan"))
-
-
-def report(
-    starts: Sequence[Sequence[str]], worker: Worker, cosines: dict[str, float], numbers: Numbers, seconds: float
-) -> str:
-    """The result as markdown."""
-    repeats = len(numbers["server: short queries"])
-    served, inside, quotients = [], [], []
-    for load, clients in CLIENTS.items():
-        of = [
-            numbers[f"{kind}: {load}"]
-            for kind in ("server", "p50", "p99", "server ms a request", "client ms a request")
-        ]
-        digits = (0, 1, 1, 2, 2)
-        served.append([load, str(clients), *map(spread, of, digits), f"{cosines[load]:.7f}"])
-        alike = "mixed texts, float" if "mixed" in load else load
-        one = "one" in load
-        for engine in worker.engines:
-            theirs, mine = numbers[f"{engine}: {alike}"], numbers[f"{'p50' if one else 'server'}: {load}"]
-            quotients.append([f"{load}: server / {engine}", ratios(theirs, mine) if one else ratios(mine, theirs)])
-    for engine in worker.engines:
-        inside.append([engine, *(spread(numbers[f"{engine}: {load}"], 1) for load in list(CLIENTS)[:3])])
-    inside += [[engine, why, "-", "-"] for engine, why in worker.absent.items()]
-    return "\n\n".join(
-        [
-            header("Server over HTTP", PACKAGES, worker.device),
-            table(["start of the server", "seconds to ready", "resident MB at the end"], starts),
-            f"Median (least-largest) of {repeats} repeats of {seconds:g} s; CPU milliseconds are over all cores.",
-            table(
-                [
-                    "load",
-                    "clients",
-                    "texts/s",
-                    "p50 ms",
-                    "p99 ms",
-                    "server CPU ms a request",
-                    "client CPU ms a request",
-                    f"min cosine to {worker.reference}",
-                ],
-                served,
-            ),
-            f"In process, while the server is idle; texts per second of calls with {LIST} texts each.",
-            table(["engine", "one query, ms (p50)", "short queries", "mixed texts"], inside),
-            "How many times as fast, within a repeat: median (least-largest). Over 1, the server is faster.",
-            table(["load", "ratio"], quotients),
-        ]
+async def beside(
+    server: Server, requests: Mapping[str, Sequence[bytes]], seconds: float, numbers: defaultdict[str, list[float]]
+) -> None:
+    """A client with one query at a time beside one that sends lists of texts all the while."""
+    server.wake()
+    lone, bulk = await asyncio.gather(
+        drive(server.port, 1, requests["one query at a time"], seconds),
+        drive(server.port, 1, requests["mixed texts, float"], seconds),
     )
+    numbers["p50"].append(float(np.percentile(lone.milliseconds, 50)))
+    numbers["p99"].append(float(np.percentile(lone.milliseconds, 99)))
+    numbers["bulk"].append(bulk.rate * LIST)
+    server.sleep()
 
 
 if __name__ == "__main__":

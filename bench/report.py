@@ -5,7 +5,6 @@ import platform
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -13,33 +12,19 @@ import numpy as np
 __all__ = ["header", "publish", "ratios", "spread", "table"]
 
 
-def header(title: str, packages: Iterable[str], device: str) -> str:
-    """The head of a result: date, command, machine, versions.
-
-    Args:
-        title: heading.
-        packages: distributions whose versions count.
-        device: what the vectors were computed on.
-    """
+def header(title: str) -> str:
+    """The head of a result: date, command, machine."""
     # The file's own folders are nobody's business.
     command = " ".join([f"python -m bench.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
     lines = [
         f"# {title}, {date.today().isoformat()}",
         "",
         f"- Command: `{command}`",
-        f"- Device: {device}; CPU: {processor()}, {os.cpu_count()} cores",
-        f"- Python {platform.python_version()}, " + ", ".join(f"{name} {installed(name)}" for name in packages),
+        f"- CPU: {processor()}, {os.cpu_count()} cores; {instructions()}",
+        f"- Python {platform.python_version()}",
         "- Machines are noisy: only the ratios of interleaved runs count (bench/README.md).",
     ]
     return "\n".join(lines)
-
-
-def installed(package: str) -> str:
-    """The version of a package, or "absent"."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "absent"
 
 
 def processor() -> str:
@@ -48,6 +33,14 @@ def processor() -> str:
     lines = info.read_text().splitlines() if info.is_file() else []
     named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(named, platform.processor() or platform.machine())
+
+
+def instructions() -> str:
+    """Which of the instructions that matter for speed the CPU has, as far as the system says it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
+    return ", ".join(name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags) or "unknown"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
