@@ -10,7 +10,6 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import nnls
 
 from jaxembed.buckets import Ladder
 from jaxembed.types import Bucket
@@ -81,6 +80,9 @@ def fit_cost(timings: Sequence[Timing]) -> Cost:
     terms = np.array([(1, t.bucket.tokens, t.bucket.tokens * t.bucket.seq_len) for t in timings], np.float64)
     # Of like size, the factors can be found: seconds a call beside seconds a token and a pair of tokens.
     scale = terms.max(axis=0)
+    # Here: it is large, and what does not refine need not load it.
+    from scipy.optimize import nnls
+
     factors, _ = nnls(terms / scale / seconds[:, None], np.ones(len(seconds)))
     return Cost(*(factors / scale))
 

@@ -9,9 +9,10 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +47,25 @@ class State(StrEnum):
     FAILED = "failed"
 
 
+class Queue(Protocol):
+    """What a request's rows are given to: a Batcher, or what leads to one in another process."""
+
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens of all requests that are in."""
+
+    async def submit(
+        self, encodings: Sequence[Encoding], *, dimensions: int, normalize: bool, priority: int = 0
+    ) -> npt.NDArray[np.float32]:
+        """Vectors of a request's rows, as `Batcher.submit`."""
+
+    async def drain(self) -> None:
+        """Take no more requests and wait for those that are in."""
+
+    def close(self) -> None:
+        """Stop at once."""
+
+
 class Service:
     """One model, served.
 
@@ -70,7 +90,7 @@ class Service:
         self.created = int(time.time())
         self._loader = loader
         self._loaded: Loaded | None = None
-        self._batcher: Batcher | None = None
+        self._batcher: Queue | None = None
         self._refiner: Refiner | None = None
         self._tokenizing = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenize")
         metrics.watch(
@@ -195,6 +215,24 @@ class Service:
         if not finite.all():
             raise NonFiniteError(np.flatnonzero(~finite).tolist())
         return vectors, tokens
+
+    async def submit(
+        self, encodings: Sequence[Encoding], *, dimensions: int, normalize: bool, priority: int = 0
+    ) -> npt.NDArray[np.float32]:
+        """Vectors of what another process has tokenised, as `Batcher.submit`.
+
+        Raises:
+            NotReadyError: there is no model yet, or the server is shutting down.
+        """
+        if self.state is not State.READY or self._batcher is None:
+            raise NotReadyError(self.state.value)
+        if self._refiner is not None:
+            self._refiner.saw(map(len, encodings))
+        return await self._batcher.submit(encodings, dimensions=dimensions, normalize=normalize, priority=priority)
+
+    async def metrics_page(self) -> bytes:
+        """What GET /metrics tells."""
+        return self.metrics.page()
 
     @contextlib.asynccontextmanager
     async def _deadline(self) -> AsyncIterator[None]:
