@@ -35,19 +35,19 @@ class ChannelError(JaxembedError):
 
 
 class Kind(IntEnum):
-    """What a frame is. The first five come from the engine process, the others go to it."""
+    """What a frame is. The first six come from the engine process, the others go to it."""
 
     SETTINGS = 1
     MODEL = 2
     STATUS = 3
     ANSWER = 4
-    STOP = 5
-    FOLLOWS = 6
-    SUBMIT = 7
-    CANCEL = 8
-    SCRAPE = 9
-    COUNTED = 10
-    FAILED = 11
+    FAILED = 5
+    STOP = 6
+    FOLLOWS = 7
+    SUBMIT = 8
+    CANCEL = 9
+    SCRAPE = 10
+    COUNTED = 11
 
 
 KINDS = frozenset(map(int, Kind))

@@ -82,7 +82,8 @@ class RemoteBatcher:
         if self._closed:
             raise NotReadyError("shutting down")
         number = next(self._numbers)
-        answer = self._calls[number] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._calls[number] = answer
         self._channel.send(kind, number, note, *bodies)
         try:
             await self._channel.flushed()

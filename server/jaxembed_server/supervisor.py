@@ -1,7 +1,7 @@
 """HTTP processes: started, told the settings, started again when one dies, and ended. Runs in the engine process.
 
-1. Each gets one end of a socket pair, and a listening socket of its own: all are bound to one port with SO_REUSEPORT, so
-   that the kernel shares connections out. They stay open here, so that connections wait while a process is replaced.
+1. Each gets one end of a socket pair, and a listening socket of its own: all are bound to one port with SO_REUSEPORT,
+   so that the kernel shares connections out. They stay open here, so that connections wait while a process is replaced.
 2. The engine process never reads a byte of HTTP, and an HTTP process never imports JAX.
 3. An HTTP process ends when it is told to, or when its channel closes: none outlives this one, however it ends.
 
@@ -9,6 +9,7 @@ Knows nothing of what is asked over a channel.
 """
 
 import asyncio
+import contextlib
 import functools
 import logging
 import os
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 MODULE = "jaxembed_server.http_process"
 LOOK_SECONDS = 0.05
 """How often the state is looked at while it changes: while loading and warming, and while draining."""
-END_SECONDS = 10.0
+END_SECONDS = 5.0
 """How long an HTTP process that should end may take."""
 ATTEMPTS = 3
 """Processes in a row that may end before they listen to this one."""
@@ -178,15 +179,15 @@ class Supervisor:
         try:
             channel.send(Kind.SETTINGS, 0, msgspec.to_builtins(self._config, enc_hook=str))
             await end.serve()
-            async with asyncio.timeout(END_SECONDS):
-                await process.wait()
-        except TimeoutError:
-            logger.error("the HTTP process %d did not end by itself", process.pid)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(END_SECONDS):
+                    await process.wait()
         finally:
             self._ends[number] = None
             noticing.cancel()
             channel.close()
             if process.returncode is None:
+                logger.error("the HTTP process %d did not end by itself", process.pid)
                 process.kill()
             status = await process.wait()
         return end.follows.is_set(), status
