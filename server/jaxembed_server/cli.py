@@ -118,15 +118,16 @@ async def run(config: ServerConfig, loader: Loader = load_model) -> int:
     settings = hypercorn_settings(config)
     try:
         sockets = settings.create_sockets()
+        url = address(config, sockets.insecure_sockets[0])
+        if config.http_processes:
+            shared = listening_sockets(sockets.insecure_sockets[0], config.http_processes, BACKLOG)
     except OSError as error:
         reason = error.strerror or str(error)
         print(f"jaxembed: cannot listen on {config.host}:{config.port}: {reason}", file=sys.stderr)
         return 1
-    url = address(config, sockets.insecure_sockets[0])
     supervisor = None
     if config.http_processes:
         service = Service(config, Metrics(), loader)
-        shared = listening_sockets(sockets.insecure_sockets[0], config.http_processes, BACKLOG)
         supervisor = Supervisor(config, service, shared)
     else:
         app = create_app(config, loader)
@@ -158,7 +159,6 @@ async def run(config: ServerConfig, loader: Loader = load_model) -> int:
             print(f"jaxembed: {error}", file=sys.stderr)
             failed = True
         loading.cancel()
-        service.close()
     await watching
     return 1 if failed or service.failure is not None else 0
 

@@ -30,13 +30,13 @@ class EngineEnd:
         service: holds the model.
         channel: leads to the HTTP process, which has been told the settings.
         describe: gives what it must know of the model, once there is one.
+        ready: set when it has said that it takes requests.
 
     Attributes:
         follows: set when the HTTP process has said that it runs.
-        ready: set when it has said that it takes requests.
     """
 
-    def __init__(self, service: Service, channel: Channel, describe: Callable[[], Model]) -> None:
+    def __init__(self, service: Service, channel: Channel, describe: Callable[[], Model], ready: asyncio.Event) -> None:
         self._service = service
         self._channel = channel
         self._describe = describe
@@ -44,7 +44,7 @@ class EngineEnd:
         self._status: Status | None = None
         self._dimension = 0
         self.follows = asyncio.Event()
-        self.ready = asyncio.Event()
+        self._ready = ready
 
     def announce(self) -> None:
         """Tell where the server is in its life, if that has changed."""
@@ -96,7 +96,7 @@ class EngineEnd:
         elif frame.kind is Kind.FOLLOWS:
             self.follows.set()
             if frame.call:
-                self.ready.set()
+                self._ready.set()
         else:
             raise ChannelError(f"a frame of kind {frame.kind.name}")
 

@@ -6,7 +6,6 @@ closes, with 1. Never imports JAX.
 """
 
 import asyncio
-import logging
 import signal
 import socket
 import sys
@@ -43,9 +42,8 @@ async def run(end: socket.socket, listening: socket.socket) -> int:
     if first is None or first.kind is not Kind.SETTINGS:
         print("jaxembed: the engine process ended before it said anything", file=sys.stderr)
         return 1
-    config = msgspec.convert(msgspec.msgpack.decode(first.note), ServerConfig, dec_hook=lambda kind, text: kind(text))
+    config = settings_of(first.note)
     log_to_stderr(config)
-    logging.getLogger("asyncio").setLevel(logging.ERROR)
     service = RemoteService(config, channel)
     settings = hypercorn_settings(config)
     app = wrap_app(create_app(config, service=service), settings.wsgi_max_body_size, "asgi")
@@ -60,6 +58,11 @@ async def run(end: socket.socket, listening: socket.socket) -> int:
         print("jaxembed: the engine process is gone: this HTTP process ends too", file=sys.stderr)
         return 1
     return 0
+
+
+def settings_of(note: bytes) -> ServerConfig:
+    """The settings as the engine process has them; paths travel as texts."""
+    return msgspec.msgpack.decode(note, type=ServerConfig, dec_hook=lambda kind, text: kind(text))
 
 
 if __name__ == "__main__":

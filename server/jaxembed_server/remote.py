@@ -167,8 +167,8 @@ class RemoteService(Service):
             self.orphaned = True
         finally:
             self.state = State.DRAINING
-            if self.orphaned:
-                self._remote.close()
+            # Every answer came before the word to stop: what still waits was asked too late.
+            self._remote.close()
             self.ended.set()
 
     def _take(self, frame: Frame) -> None:

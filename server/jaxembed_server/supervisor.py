@@ -47,7 +47,7 @@ class ProcessError(RuntimeError):
 
 
 def listening_sockets(bound: socket.socket, count: int, backlog: int) -> list[socket.socket]:
-    """Sockets that share the address of `bound`, which is closed.
+    """Sockets that share the address of `bound`, which lets that happen (SO_REUSEADDR) and is closed.
 
     It found out that the address is free, which these cannot: they would share it with anybody else's.
     """
@@ -84,7 +84,7 @@ class Supervisor:
         self._listening = listening
         self._module = module
         self._ends: list[EngineEnd | None] = [None] * len(listening)
-        self._first_up = [asyncio.Event() for _ in listening]
+        self._ready = [asyncio.Event() for _ in listening]
         self._stopping = False
 
     async def serve(self, stop: asyncio.Event, drain: Callable[[], Awaitable[None]]) -> None:
@@ -99,10 +99,9 @@ class Supervisor:
         """
         loop = asyncio.get_running_loop()
         keeping = [loop.create_task(self._keep(number)) for number in range(len(self._listening))]
-        announcing = loop.create_task(self._announce())
-        stopped = loop.create_task(stop.wait())
+        announcing = loop.create_task(self._announce(stop))
         try:
-            await asyncio.wait([stopped, *keeping], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([announcing, *keeping], return_when=asyncio.FIRST_COMPLETED)
             stop.set()
             draining = asyncio.ensure_future(drain())
             while not draining.done():
@@ -111,36 +110,46 @@ class Supervisor:
                 self._tell()
             await draining
             self._stopping = True
-            ends = [end.stop() for end in self._ends if end is not None]
-            await asyncio.wait([loop.create_task(end) for end in ends] or [stopped], timeout=END_SECONDS)
+            # What has not been finished in time fails, and they can tell their clients.
+            self._service.close()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(END_SECONDS):
+                    await asyncio.gather(*(end.stop() for end in self._ends if end is not None))
         finally:
             self._stopping = True
-            stopped.cancel()
             announcing.cancel()
             # Those that did not end by themselves end now, for their channels close.
             done, late = await asyncio.wait(keeping, timeout=END_SECONDS)
             for task in late:
                 task.cancel()
-            await asyncio.gather(*keeping, return_exceptions=True)
+            await asyncio.gather(announcing, *keeping, return_exceptions=True)
             for one in self._listening:
                 one.close()
-        for task in done:
-            task.result()
+        for task in (*done, announcing):
+            if not task.cancelled():
+                task.result()
 
     async def up(self) -> None:
         """Wait until every process takes requests."""
-        for event in self._first_up:
-            await event.wait()
+        for ready in self._ready:
+            await ready.wait()
 
     @functools.cached_property
     def _model(self) -> Model:
-        return described(self._config.model, self._service.created, self._service.loaded)
+        try:
+            return described(self._config.model, self._service.created, self._service.loaded)
+        except Exception as error:  # The tokenizers package raises nothing more special.
+            raise ProcessError(f"this tokenizer cannot be had in several processes: {error}") from error
 
-    async def _announce(self) -> None:
+    async def _announce(self, stop: asyncio.Event) -> None:
         while self._service.state in (State.LOADING, State.WARMING):
             self._tell()
-            await asyncio.sleep(LOOK_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_SECONDS):
+                    await stop.wait()
+                return
         self._tell()
+        await stop.wait()
 
     def _tell(self) -> None:
         for end in self._ends:
@@ -174,8 +183,7 @@ class Supervisor:
                 sys.executable, *safe, "-m", self._module, *map(str, handed), pass_fds=handed, **APART
             )
         channel = await Channel.over(ours, limit=self._largest)
-        end = self._ends[number] = EngineEnd(self._service, channel, lambda: self._model)
-        noticing = asyncio.ensure_future(self._notice(number, end))
+        end = self._ends[number] = EngineEnd(self._service, channel, lambda: self._model, self._ready[number])
         try:
             channel.send(Kind.SETTINGS, 0, msgspec.to_builtins(self._config, enc_hook=str))
             await end.serve()
@@ -184,17 +192,12 @@ class Supervisor:
                     await process.wait()
         finally:
             self._ends[number] = None
-            noticing.cancel()
             channel.close()
             if process.returncode is None:
                 logger.error("the HTTP process %d did not end by itself", process.pid)
                 process.kill()
             status = await process.wait()
         return end.follows.is_set(), status
-
-    async def _notice(self, number: int, end: EngineEnd) -> None:
-        await end.ready.wait()
-        self._first_up[number].set()
 
     @property
     def _largest(self) -> int:

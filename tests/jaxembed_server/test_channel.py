@@ -6,12 +6,15 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from subprocess import run
 
+import msgspec
 import numpy as np
 import pytest
 from fake_server import letters
 from fakes import FakeEngine, loaded, vector
+from tokenizers.normalizers import Normalizer
 
 from jaxembed import Embedder
 from jaxembed.errors import JaxembedError
@@ -21,10 +24,12 @@ from jaxembed_server.channel import HEADER, Channel, ChannelError, Kind, pack, u
 from jaxembed_server.config import ServerConfig
 from jaxembed_server.engine_end import EngineEnd, described
 from jaxembed_server.errors import NotReadyError, QueueFullError
+from jaxembed_server.http_process import settings_of
 from jaxembed_server.metrics import Metrics
 from jaxembed_server.model import Loaded
 from jaxembed_server.remote import RemoteService
 from jaxembed_server.service import Service, State
+from jaxembed_server.supervisor import ProcessError, Supervisor, listening_sockets
 
 
 class Pair:
@@ -42,12 +47,13 @@ class Pair:
         ours, theirs = socket.socketpair()
         self.channel = await Channel.over(ours, limit=10_000)
         self.other = await Channel.over(theirs)
-        self.end = EngineEnd(self.service, self.channel, lambda: described("m", 1, self.service.loaded))
+        ready = asyncio.Event()
+        self.end = EngineEnd(self.service, self.channel, lambda: described("m", 1, self.service.loaded), ready)
         self.remote = RemoteService(self.config, self.other)
         self.serving = asyncio.ensure_future(self.end.serve())
         self.following = asyncio.ensure_future(self.remote.start())
         try:
-            await asyncio.wait_for(self.end.ready.wait(), 10)
+            await asyncio.wait_for(ready.wait(), 10)
             yield self
         finally:
             self.engine.gate.set()
@@ -97,6 +103,36 @@ def test_a_tokenizer_is_the_same_in_another_process(minilm: Embedder) -> None:
                 one.encode_texts(texts[:3] if cut is None else texts, truncate_to=cut) for one in (original, other)
             )
             assert [one.ids.tolist() for one in given] == [one.ids.tolist() for one in again]
+
+
+def test_settings_are_the_same_in_another_process(tmp_path: Path) -> None:
+    config = ServerConfig(cache_dir=tmp_path, api_key=("a", "b"), matryoshka_dimensions=(), request_timeout=2.5)
+    note = msgspec.msgpack.encode(msgspec.to_builtins(config, enc_hook=str))
+    assert settings_of(note) == config
+
+
+def test_a_tokenizer_that_cannot_be_told_is_said() -> None:
+    """Not a server that never becomes ready."""
+
+    class Own:
+        def normalize(self, text: object) -> None: ...
+
+    tokenizer = letters()
+    tokenizer._backend.normalizer = Normalizer.custom(Own())
+    model = Loaded(**{**vars(loaded(FakeEngine())), "tokenizer": tokenizer})
+
+    async def main() -> None:
+        config = ServerConfig(refine_after=0, http_processes=1)
+        service = Service(config, Metrics(), lambda config, progress: model)
+        await service.start()
+        bound = socket.socket()
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(("127.0.0.1", 0))
+        supervisor = Supervisor(config, service, listening_sockets(bound, 1, 5))
+        with pytest.raises(ProcessError, match="this tokenizer"):
+            await asyncio.wait_for(supervisor.serve(asyncio.Event(), service.drain), 60)
+
+    asyncio.run(main())
 
 
 def test_rows_come_back_to_who_asked() -> None:

@@ -271,6 +271,15 @@ def test_a_stop_finishes_the_work_in_flight(begin: Callable[..., Server], gate: 
     assert "Traceback" not in server.output
 
 
+def test_what_is_not_finished_in_time_is_refused(begin: Callable[..., Server], gate: Path) -> None:
+    server = begin("--drain-timeout", "0.5").wait_until_ready()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(post, server, input=["wa", "ab"])
+        waiting(server, gate)
+        assert server.stop() == 0
+        assert (answer.result().status_code, answer.result().json()["error"]["code"]) == (503, "not_ready")
+
+
 def test_a_process_that_hangs_does_not_keep_the_server_from_ending(begin: Callable[..., Server]) -> None:
     server = begin(processes=1).wait_until_ready()
     (child,) = children(server)
