@@ -14,6 +14,8 @@ import requests
 from fakes import vector
 from servers import Server
 
+from jaxembed import Embedder
+
 HERE = Path(__file__).parent
 
 
@@ -81,6 +83,16 @@ def test_many_clients_each_get_their_own_vectors(begin: Callable[..., Server]) -
         got = [one["embedding"] for one in answer.json()["data"]]
         np.testing.assert_array_equal(got, [vector(ids(text))[:3], vector(ids("ab"))[:3]])
         assert answer.json()["usage"]["prompt_tokens"] == len(text) + 2 + 4
+
+
+def test_the_real_model_through_http_processes(start: Callable[..., Server], minilm: Embedder) -> None:
+    server = start("--http-processes", "2", "--refine-after", "0").wait_until_ready()
+    texts = [f"Text number {n}, naïve 東京 " + "word " * (n % 60) for n in range(32)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda text: post(server, input=text), texts))
+    got = [answer.json()["data"][0]["embedding"] for answer in answers]
+    np.testing.assert_allclose(got, minilm.encode(texts), rtol=0, atol=2e-6)
+    assert server.stop() == 0
 
 
 def test_connections_go_to_every_process_and_none_imports_jax(begin: Callable[..., Server]) -> None:
