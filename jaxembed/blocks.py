@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxembed.configs import check_heads, read_fields
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.layers import Embedding, LayerNorm, Linear, Tokens, activation, attention
-from jaxembed.types import Layout, Weight, Weights
+from jaxembed.types import Weight, Weights
 
 __all__ = [
     "BERT_EMBEDDINGS_WEIGHTS",
@@ -183,7 +183,7 @@ class PostNormEncoder(nnx.Module):
 
 def linear_weights(path: str, name: str, *, bias: bool = True, part: tuple[int, int] = (0, 1)) -> dict[str, Weight]:
     """The lines of a WEIGHTS table for one `Linear` at our `path` that the checkpoint calls `name`."""
-    lines = {f"{path}.kernel": Weight(f"{name}.weight", Layout.TRANSPOSED, part)}
+    lines = {f"{path}.kernel": Weight(f"{name}.weight", part=part)}
     return {**lines, f"{path}.bias": Weight(f"{name}.bias", part=part)} if bias else lines
 
 

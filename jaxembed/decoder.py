@@ -17,7 +17,7 @@ from jaxembed.errors import UnsupportedModelError
 from jaxembed.gated import GatedMLP
 from jaxembed.layers import Embedding, Linear, RMSNorm, Tokens, activation, attention
 from jaxembed.rotary import Rotary, Turn, read_rotary
-from jaxembed.types import Layout, Weight, Weights
+from jaxembed.types import Weight, Weights
 
 __all__ = [
     "DECODER_IGNORED",
@@ -305,7 +305,7 @@ def decoder_weights(**norms: str) -> Weights:
     """The WEIGHTS of a `Decoder`, whose layers have these names for their norms beside Llama's own."""
     table = {"embedding.table": Weight("embed_tokens.weight"), "norm.scale": Weight("norm.weight")}
     for path, name in LINEARS.items():
-        table[f"layers.{{n}}.{path}.kernel"] = Weight(f"layers.{{n}}.{name}.weight", Layout.TRANSPOSED)
+        table[f"layers.{{n}}.{path}.kernel"] = Weight(f"layers.{{n}}.{name}.weight")
         table[f"layers.{{n}}.{path}.bias"] = Weight(f"layers.{{n}}.{name}.bias")
     for path, name in {**NORMS, **norms}.items():
         table[f"layers.{{n}}.{path}.scale"] = Weight(f"layers.{{n}}.{name}.weight")

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 import numpy.typing as npt
+import scipy
 from jax.sharding import Mesh
-from scipy.sparse import csr_array
 from tqdm import tqdm
 
 from jaxembed import reranking, sparse
@@ -254,7 +254,7 @@ class Embedder:
         task: str | None = None,
         truncate: bool = True,
         show_progress_bar: bool = False,
-    ) -> csr_array:
+    ) -> "scipy.sparse.csr_array":
         """Sparse vectors of texts or token ids, in the order given: a weight for each entry of the vocabulary (SPLADE).
 
         Args:

@@ -17,8 +17,10 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxembed import cache
 from jaxembed.buckets import Ladder
 from jaxembed.errors import BucketError
+from jaxembed.executables import load_or_compile
 from jaxembed.layers import Tokens
 from jaxembed.loading import Model
 from jaxembed.sharding import DATA, batch_sharding
@@ -30,8 +32,6 @@ MAX_BATCH_TOKENS = {"cpu": 1024}
 """Tokens a dispatch should hold per device, by platform; measured on CPU (docs/numerics.md), a guess elsewhere."""
 OTHER_BATCH_TOKENS = 16_384
 
-CACHE_HIT = "/jax/compilation_cache/cache_hits"
-
 
 @dataclass(frozen=True)
 class Compiled:
@@ -40,7 +40,7 @@ class Compiled:
     Attributes:
         bucket: the shape.
         seconds: wall time of lowering, compiling and one trial run.
-        cached: whether the executable came from the persistent cache.
+        cached: whether the executable came from the cache, or was there already.
     """
 
     bucket: Bucket
@@ -135,12 +135,12 @@ class Engine:
         cached = True
         with lock:
             if bucket not in self._executables:
-                with CacheHits() as hits:
-                    executable = self._lower(bucket).compile()
+                executable, cached = load_or_compile(
+                    cache.current(), self.model, self.output, bucket, lambda: self._lower(bucket).compile()
+                )
                 # The first run of an executable allocates and is slow: it happens here, not on a request.
                 jax.block_until_ready(executable(self.model.leaves, *self._arguments(empty(bucket))))
                 self._executables[bucket] = executable
-                cached = hits.count > 0
         return Compiled(bucket, time.perf_counter() - start, cached)
 
     def run(self, batch: Batch) -> npt.NDArray[np.float32]:
@@ -252,28 +252,3 @@ def timed(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
-
-
-class CacheHits:
-    """Counts the persistent-cache hits of the compilations that this thread makes inside the `with`."""
-
-    _thread = threading.local()
-    _installed = False
-
-    def __enter__(self) -> "CacheHits":
-        # JAX has listeners for the process and no way to take one back: one serves every engine.
-        if not CacheHits._installed:
-            CacheHits._installed = True
-            jax.monitoring.register_event_listener(CacheHits._listen)
-        self.count = 0
-        CacheHits._thread.current = self
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        CacheHits._thread.current = None
-
-    @staticmethod
-    def _listen(event: str, **_: object) -> None:
-        current: CacheHits | None = getattr(CacheHits._thread, "current", None)
-        if event == CACHE_HIT and current is not None:
-            current.count += 1

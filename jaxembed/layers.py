@@ -25,6 +25,7 @@ __all__ = [
     "Tokens",
     "activation",
     "attention",
+    "linear",
     "matmul",
     "parameter",
     "split_heads",
@@ -72,23 +73,45 @@ def matmul(spec: str, x: Float[Array, "..."], y: Float[Array, "..."], dtype: jnp
     return jnp.einsum(spec, x.astype(dtype), y.astype(dtype), precision=precision, preferred_element_type=jnp.float32)
 
 
+FEW_TOKENS = 96
+"""Up to so many tokens a product is computed the other way round on CPU (docs/performance.md)."""
+
+
+def linear(x: Float[Array, "B T In"], kernel: Float[Array, "Out In"]) -> Float[Array, "B T Out"]:
+    """x @ kernel^T, in the dtype of the kernel and with a float32 result.
+
+    XLA's matrix product on CPU repacks its second operand at every call. For few tokens that takes longer than the
+    product itself, unless the second operand is the tokens and the kernel the first, whose rows are read as they lie.
+    """
+
+    def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return matmul("BTI,OI->BTO", x, kernel, kernel.dtype)
+
+    def turned(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jnp.moveaxis(matmul("OI,BTI->OBT", kernel, x, kernel.dtype), 0, -1)
+
+    if x.shape[0] * x.shape[1] > FEW_TOKENS:
+        return plain(x, kernel)
+    product: jax.Array = jax.lax.platform_dependent(x, kernel, cpu=turned, default=plain)
+    return product
+
+
 class Linear(nnx.Module):
-    """y = x @ kernel + bias.
+    """y = x @ kernel^T + bias.
 
     Args:
         size: (input, output) features.
-        axes: logical names of the kernel's two axes.
-        dtype: of the kernel and so of the product's operands.
+        axes: logical names of input and output.
+        dtype: of the kernel, which stands as torch's, [output, input], and so of the product's operands.
         bias: whether there is one.
     """
 
     def __init__(self, size: tuple[int, int], axes: tuple[str, str], dtype: str, *, bias: bool = True) -> None:
-        self.kernel = parameter(size, axes, dtype)
+        self.kernel = parameter(size[::-1], axes[::-1], dtype)
         self.bias = parameter(size[1:], axes[1:]) if bias else None
 
     def __call__(self, x: Float[Array, "B T In"]) -> Float[Array, "B T Out"]:
-        kernel = self.kernel[...]
-        y = matmul("BTI,IO->BTO", x, kernel, kernel.dtype)
+        y = linear(x, self.kernel[...])
         return y if self.bias is None else y + self.bias[...][None, None]
 
 

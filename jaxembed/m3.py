@@ -14,14 +14,14 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxembed.errors import CorruptCheckpointError
 from jaxembed.layers import Linear
 from jaxembed.tensors import Tensors
-from jaxembed.types import Layout, Names, Output, Weight
+from jaxembed.types import Names, Output, Weight
 
 __all__ = ["FILES", "LEFT_OUT", "NAMES", "build_branch", "conversion", "lexical"]
 
 FILES: Mapping[Output, str] = {Output.SPARSE: "sparse_linear", Output.TOKENS: "colbert_linear"}
 """Output -> its layer's file, without the ending."""
 
-NAMES = Names(weights={"kernel": Weight("weight", Layout.TRANSPOSED), "bias": Weight("bias")})
+NAMES = Names(weights={"kernel": Weight("weight"), "bias": Weight("bias")})
 
 LEFT_OUT = ("cls_token", "eos_token", "pad_token", "unk_token")
 """Special tokens, by transformers' names, that get no weight."""

@@ -76,13 +76,13 @@ def fit_cost(timings: Sequence[Timing]) -> Cost:
 
     The residuals count relative to the time, so that the small shapes are not lost beside the large ones.
     """
+    # Imported here: a server needs it long after its start, or never.
+    from scipy.optimize import nnls
+
     seconds = np.array([timing.seconds for timing in timings])
     terms = np.array([(1, t.bucket.tokens, t.bucket.tokens * t.bucket.seq_len) for t in timings], np.float64)
     # Of like size, the factors can be found: seconds a call beside seconds a token and a pair of tokens.
     scale = terms.max(axis=0)
-    # Here: it is large, and what does not refine need not load it.
-    from scipy.optimize import nnls
-
     factors, _ = nnls(terms / scale / seconds[:, None], np.ones(len(seconds)))
     return Cost(*(factors / scale))
 

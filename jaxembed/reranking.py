@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import expit, softmax
+import scipy
 from tqdm import tqdm
 
 from jaxembed.checkpoint import Checkpoint
@@ -26,8 +26,8 @@ Scores = npt.NDArray[np.float32]
 ACTIVATIONS: Mapping[str, Callable[[Scores], Scores]] = {
     "identity": lambda x: x,
     "relu": lambda x: np.maximum(x, np.float32(0)),
-    "sigmoid": lambda x: np.asarray(expit(x), np.float32),
-    "softmax": lambda x: np.asarray(softmax(x, axis=-1), np.float32),
+    "sigmoid": lambda x: np.asarray(scipy.special.expit(x), np.float32),
+    "softmax": lambda x: np.asarray(scipy.special.softmax(x, axis=-1), np.float32),
     "tanh": lambda x: np.tanh(x),
 }
 """What may be done to logits, float32 [n, L]; "softmax" is over the labels."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import sparse
+import scipy
 from tqdm import tqdm
 
 from jaxembed.errors import InputError, UnsupportedModelError
@@ -27,7 +27,7 @@ def encode(
     *,
     max_active_dims: int | None = None,
     show_progress_bar: bool = False,
-) -> sparse.csr_array:
+) -> "scipy.sparse.csr_array":
     """Sparse vectors of inputs.
 
     Args:
@@ -60,7 +60,7 @@ def encode(
     ends = np.cumsum([0, *(len(one) for one in places)])
     data = np.concatenate([np.zeros(0, np.float32), *values])
     indices = np.concatenate([np.zeros(0, np.int64), *places])
-    return sparse.csr_array((data, indices, ends), shape=(len(items), model.config.vocab_size))
+    return scipy.sparse.csr_array((data, indices, ends), shape=(len(items), model.config.vocab_size))
 
 
 def active(row: npt.NDArray[np.float32], limit: int | None) -> npt.NDArray[np.int64]:
@@ -73,7 +73,7 @@ def active(row: npt.NDArray[np.float32], limit: int | None) -> npt.NDArray[np.in
 
 def is_sparse(vectors: Any) -> bool:
     """Whether these are vectors as scipy holds them."""
-    return bool(sparse.issparse(vectors))
+    return bool(scipy.sparse.issparse(vectors))
 
 
 def compare(a: Any, b: Any, measure: str) -> npt.NDArray[np.float32]:
@@ -121,13 +121,13 @@ def decode(rows: Any, token: Callable[[int], str], top_k: int | None) -> list[li
     return found
 
 
-def rows_of(vectors: Any) -> sparse.csr_array:
+def rows_of(vectors: Any) -> "scipy.sparse.csr_array":
     """Vectors as a matrix; a single one as a matrix of one row."""
-    if not sparse.issparse(vectors):
+    if not scipy.sparse.issparse(vectors):
         vectors = np.atleast_2d(np.asarray(vectors, np.float32))
     elif vectors.ndim == 1:
         vectors = vectors.reshape(1, -1)
-    return sparse.csr_array(vectors)
+    return scipy.sparse.csr_array(vectors)
 
 
 def positive(name: str, value: Any) -> None:

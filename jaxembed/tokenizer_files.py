@@ -1,5 +1,6 @@
 """A checkpoint's tokenizer files -> a `tokenizers.Tokenizer`, as transformers reads them. Knows no length policy."""
 
+import hashlib
 import importlib.util
 import json
 import logging
@@ -8,10 +9,26 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from jaxembed.cache import current
 from jaxembed.errors import CorruptCheckpointError, UnsupportedModelError
 from jaxembed.routes import read_json
 
-__all__ = ["REMOTE", "Found", "around", "lower", "mark", "read_tokenizer", "read_tokenizer_json", "unknown_id"]
+__all__ = [
+    "REMOTE",
+    "Found",
+    "around",
+    "by_transformers",
+    "lower",
+    "mark",
+    "read_tokenizer",
+    "read_tokenizer_json",
+    "unknown_id",
+]
+
+
+logger = logging.getLogger(__name__)
+
+KIND = "tokenizers"
 
 
 class Found(NamedTuple):
@@ -35,7 +52,50 @@ class Found(NamedTuple):
 
 
 def read_tokenizer(folder: Path) -> Found:
-    """The tokenizer of a model of transformers.
+    """The tokenizer of a model of transformers; see `by_transformers`, which makes it.
+
+    What was made once is kept in the cache, where the process has one: transformers takes longer to import than all
+    else of a start.
+    """
+    cache = current()
+    if cache is None:
+        return by_transformers(folder)
+    key = cache.key([(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in tokenizer_files(folder)])
+    kept = cache.read(KIND, key)
+    if kept is not None:
+        return unpacked(kept)
+    found = by_transformers(folder)
+    try:
+        content = packed(found)
+    except Exception as error:  # The tokenizers package raises no narrower class for a part that is Python's.
+        logger.debug("the tokenizer of %s cannot be kept: %s", folder, error)
+    else:
+        cache.write(KIND, key, content)
+    return found
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """All files of a folder that a tokenizer may be made from: those that hold no weights."""
+    weights = {".safetensors", ".bin", ".pt", ".pth", ".onnx", ".h5", ".msgpack", ".gguf", ".ot", ".npz"}
+    return sorted(file for file in folder.iterdir() if file.is_file() and file.suffix not in weights)
+
+
+def packed(found: Found) -> bytes:
+    """A tokenizer as bytes."""
+    plain = found._asdict() | {"backend": found.backend.to_str(), "special_ids": sorted(found.special_ids)}
+    return json.dumps(plain).encode()
+
+
+def unpacked(content: bytes) -> Found:
+    """What `packed` packed."""
+    from tokenizers import Tokenizer
+
+    found = Found(**json.loads(content))
+    return found._replace(backend=Tokenizer.from_str(found.backend), special_ids=frozenset(found.special_ids))
+
+
+def by_transformers(folder: Path) -> Found:
+    """The tokenizer of a folder as transformers makes it.
 
     Where tokenizer_config.json names remote code, it does what that code does, which is never run. transformers and
     sentence-transformers do so only where they are told to trust it, and else leave out in silence what it adds.

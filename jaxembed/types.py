@@ -152,7 +152,7 @@ class Layout(StrEnum):
 
     SAME = "same"
     TRANSPOSED = "transposed"
-    """torch.nn.Linear stores [out, in]; our kernels are [in, out]. Of more axes the last two change places."""
+    """The last two axes change places: adapters [rank, in] and [out, rank] are held the other way round."""
 
 
 class Weight(NamedTuple):

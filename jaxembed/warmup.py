@@ -1,7 +1,6 @@
 """Compile the ladder ahead: `python -m jaxembed.warmup`. The server uses the same code at start.
 
-Executables go to JAX's persistent compilation cache, where the platform honours it, so that the next start loads
-them in place of compiling.
+Executables and the prepared tokenizer go to a cache folder, so that the next start loads them in place of making them.
 """
 
 import argparse
@@ -18,6 +17,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 from tqdm import tqdm
 
+from jaxembed.cache import switch
 from jaxembed.checkpoint import DEFAULT_MODEL
 from jaxembed.engine import Compiled, Engine
 from jaxembed.errors import CompileError, JaxembedError
@@ -47,7 +47,7 @@ class Report:
 
 
 def cache_folder(root: Path | None = None) -> Path:
-    """Where executables are kept, a folder for each jaxlib, which rejects those of another.
+    """Where things are kept, a folder for each jaxlib, so that an old one's can be thrown away.
 
     Args:
         root: by default `~/.cache/jaxembed`.
@@ -57,15 +57,15 @@ def cache_folder(root: Path | None = None) -> Path:
 
 
 def use_cache(folder: Path | None) -> None:
-    """Point JAX's persistent cache at a folder, for executables of every size; None switches it off.
+    """Keep executables and prepared tokenizers in a folder from now on; None keeps nothing.
 
     This is a setting of the whole process, so only programs call it: the warm-up, the server, the benchmarks.
     """
-    # JAX keeps to the folder that it saw first.
+    # An executable that came out of JAX's own persistent cache cannot be kept in ours. It keeps to the folder that it
+    # saw first, unless it is reset.
     compilation_cache.reset_cache()
-    jax.config.update("jax_compilation_cache_dir", None if folder is None else str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    jax.config.update("jax_compilation_cache_dir", None)
+    switch(folder)
 
 
 def warm(
@@ -113,9 +113,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", default=DEFAULT_MODEL, help="folder or hub id (default: %(default)s)")
     parser.add_argument("--dtype", default=DTYPES[0], choices=DTYPES, help="of the matrices (default: %(default)s)")
-    parser.add_argument(
-        "--cache-dir", type=Path, default=None, help="folder of the persistent cache (default: ~/.cache/jaxembed)"
-    )
+    parser.add_argument("--cache-dir", type=Path, default=None, help="folder of the cache (default: ~/.cache/jaxembed)")
     parser.add_argument("--max-length", type=int, default=None, help="tokens an input may have (default: the model's)")
     parser.add_argument(
         "--max-batch-tokens", type=int, default=None, help="tokens a dispatch and device (default: by platform)"

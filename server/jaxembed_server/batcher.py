@@ -5,6 +5,7 @@
    them into the batch that holds the most urgent one. It never waits while there is work and the device is idle:
    no timer, no poll. A batch is what queued up while the device was busy.
 3. One batch more than the device runs is made ahead, if there are rows for a full one: a smaller one might still grow.
+   While a batch of long requests runs, short requests do not wait for it: they run beside it, in small batches.
 4. The engine runs the batch; rows go to their requests by the owner index that travels in it.
 5. Every way out completes the request's future: result, error, cancellation, shutdown.
 
@@ -20,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -77,6 +78,22 @@ class Job(Flow):
 Rows = Sequence[Waiting[Job]]
 
 
+class Taken(NamedTuple):
+    """A batch to be.
+
+    Attributes:
+        bucket: its shape.
+        rows: what goes into it.
+        beside: it is of short requests and runs at once, beside a batch of long ones.
+        long: it has rows of a long request.
+    """
+
+    bucket: Bucket
+    rows: Rows
+    beside: bool
+    long: bool
+
+
 class Batcher:
     """Batches for one engine. Made and used on one event loop; call `close` at the end.
 
@@ -100,6 +117,7 @@ class Batcher:
         self._jobs: set[Job] = set()
         self._taken = 0
         self._running = 0
+        self._long = 0
         self._prepared: list[Waiting[Job]] = []
         self._run_tokens = 0.0
         self._run_seconds = 0.0
@@ -109,7 +127,7 @@ class Batcher:
         self._idle.set()
         self._threads = [
             threading.Thread(target=self._work, name=f"device-{i}", daemon=True)
-            for i in range(engine.max_in_flight + 1)
+            for i in range(engine.max_in_flight + 2)
         ]
         for thread in self._threads:
             thread.start()
@@ -205,19 +223,20 @@ class Batcher:
 
     def _work(self) -> None:
         while (taken := self._take()) is not None:
-            bucket, rows = taken
+            bucket, rows, beside, _ = taken
             try:
                 batch = pack(
                     bucket,
                     [Row(row.encoding, row.flow.dimensions, row.flow.normalize, i) for i, row in enumerate(rows)],
                 )
-                if not self._await_turn(rows):
+                if not beside and not self._await_turn(taken):
                     continue
                 start = time.perf_counter()
                 try:
                     vectors = self._engine.run(batch)
                 finally:
-                    self._end_turn()
+                    if not beside:
+                        self._end_turn(taken)
                 seconds = time.perf_counter() - start
                 self._measure(batch, seconds)
                 self._deliver(batch, rows, vectors)
@@ -228,29 +247,40 @@ class Batcher:
                     self._fail(job, error)
             finally:
                 with self._changed:
-                    self._taken -= 1
+                    self._taken -= not beside
                     self._changed.notify_all()
 
-    def _take(self) -> tuple[Bucket, list[Waiting[Job]]] | None:
+    def _take(self) -> Taken | None:
         """The next batch's rows; waits for work. None when the batcher is closed."""
         with self._changed:
             while not self._closed:
                 # The engine may have better shapes by now.
                 self._queue.ladder = self._engine.ladder
-                if (self._queue.full or not self._taken) and (taken := self._queue.take()) is not None:
-                    self._taken += 1
+                if (taken := self._next()) is not None:
+                    self._taken += not taken.beside
                     # What is left may fill a batch for another thread.
                     self._changed.notify_all()
                     return taken
                 self._changed.wait()
             return None
 
-    def _await_turn(self, rows: Rows) -> bool:
+    def _next(self) -> Taken | None:
+        """A batch that a free thread should make now; None if it should wait. Called with `_changed` held."""
+        if self._long and (short := self._queue.take_short()) is not None:
+            self._queue.ran(short[1], len(self._jobs))
+            return Taken(*short, beside=True, long=False)
+        ahead = self._queue.full and self._taken <= self._engine.max_in_flight
+        if (ahead or not self._taken) and (most := self._queue.take()) is not None:
+            return Taken(*most, beside=False, long=not all(self._queue.short(row.flow) for row in most[1]))
+        return None
+
+    def _await_turn(self, taken: Taken) -> bool:
         """Wait until the engine is free and no batch that is made is more urgent.
 
         Returns:
             False if the batch was given up: by now something more urgent waits, or all its clients have gone.
         """
+        rows = taken.rows
         first = min(rows)
         with self._changed:
             # An ordered list and not a semaphore, which would let the same thread in again and again.
@@ -262,12 +292,15 @@ class Batcher:
                 self._queue.give_back(rows)
                 return False
             self._running += 1
+            self._long += taken.long
             self._queue.ran(rows, len(self._jobs))
+            self._changed.notify_all()
             return True
 
-    def _end_turn(self) -> None:
+    def _end_turn(self, taken: Taken) -> None:
         with self._changed:
             self._running -= 1
+            self._long -= taken.long
             self._changed.notify_all()
 
     def _deliver(self, batch: Batch, rows: Rows, vectors: npt.NDArray[np.float32]) -> None:

@@ -21,6 +21,10 @@ WINDOW = 2
 """How many full batches of rows are looked at to plan one: more would pad less and overtake more."""
 
 
+SHORT = 8
+"""A request of at most the largest batch over this is short: it may run beside a large batch (`take_short`)."""
+
+
 @dataclass(eq=False, kw_only=True)
 class Flow:
     """One request, as far as the queue is concerned.
@@ -100,6 +104,29 @@ class FairQueue(Generic[F]):
             if not row.flow.dead:
                 window.append(row)
                 tokens += len(row.encoding)
+        return self._planned(window)
+
+    def short(self, flow: Flow) -> bool:
+        """Whether a request is so small that running it beside a large batch costs that one little."""
+        return flow.tokens * SHORT <= self.ladder.max_tokens
+
+    def take_short(self) -> tuple[Bucket, list[Waiting[F]]] | None:
+        """The next batch of short requests alone; None if the most urgent row is of a long one, or nothing waits."""
+        window: list[Waiting[F]] = []
+        room = self.ladder.max_tokens // SHORT
+        while self._heap:
+            row = self._heap[0]
+            if not row.flow.dead and not (self.short(row.flow) and len(row.encoding) <= room):
+                break
+            heapq.heappop(self._heap)
+            self.tokens -= len(row.encoding)
+            if not row.flow.dead:
+                window.append(row)
+                room -= len(row.encoding)
+        return self._planned(window)
+
+    def _planned(self, window: list[Waiting[F]]) -> tuple[Bucket, list[Waiting[F]]] | None:
+        """The batch with the first of these rows; the rows that are not in it wait again."""
         if not window:
             return None
         plan = self.ladder.first_batch([len(row.encoding) for row in window])

@@ -149,7 +149,7 @@ def test_two_devices_share_the_weights(kv_heads: int, tmp_path: Path, record_pro
         embedder = Embedder.from_pretrained(tmp_path, ladder=Ladder([Bucket(8, 32)]), mesh=mesh)
         for name in ("query", "key", "value"):
             kernel = embedder.model.params[f"layers.1.{name}.kernel"]
-            assert kernel.sharding.shard_shape(kernel.shape) == (16, kernel.shape[1] // devices)
+            assert kernel.sharding.shard_shape(kernel.shape) == (kernel.shape[0] // devices, 16)
         vectors.append(embedder.encode(TEXTS))
     worst = float(np.abs(vectors[0] - vectors[1]).max())
     record_property("max abs diff", f"{worst:.1e}")

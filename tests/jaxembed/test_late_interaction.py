@@ -345,7 +345,7 @@ def test_stanford(metadata: dict[str, Any] | None, tmp_path: Path) -> None:
     ours = load(folder)
     compare(ours, MultiVectorEncoder(str(folder), device="cpu"))
     assert ours.dimension == 6
-    assert ours.params["linear.kernel"].shape == (16, 6)
+    assert ours.params["linear.kernel"].shape == (6, 16)
 
 
 SIZES = {key: value for key, value in TINY.items() if key != "attn_implementation"}

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from transformers.activations import ACT2FN
 
 from jaxembed.errors import UnsupportedModelError
-from jaxembed.layers import ACTIVATIONS, Embedding, LayerNorm, Linear, activation, attention, matmul
+from jaxembed.layers import ACTIVATIONS, FEW_TOKENS, Embedding, LayerNorm, Linear, activation, attention, matmul
 
 FLOAT32 = jnp.dtype("float32")
 BFLOAT16 = jnp.dtype("bfloat16")
@@ -106,24 +107,28 @@ def test_an_unknown_activation() -> None:
         activation("mish")
 
 
+@pytest.mark.parametrize("length", [4, FEW_TOKENS // 2, FEW_TOKENS // 2 + 1])
 @pytest.mark.parametrize("bias", [True, False])
-def test_linear(bias: bool) -> None:
-    """x @ kernel + bias."""
+def test_linear(bias: bool, length: int) -> None:
+    """x @ kernel^T + bias, whichever way round it is computed, and whether compiled or not."""
     layer = Linear((5, 3), ("embed", "mlp"), "float32", bias=bias)
-    layer.kernel[...] = jnp.asarray(normal(5, 3))
-    x = normal(2, 4, 5, seed=1)
-    expected = x.astype(np.float64) @ normal(5, 3)
+    layer.kernel[...] = jnp.asarray(normal(3, 5))
+    x = normal(2, length, 5, seed=1)
+    expected = x.astype(np.float64) @ normal(3, 5).T
     if bias:
         layer.bias[...] = jnp.asarray(normal(3, seed=2))
         expected = expected + normal(3, seed=2)
     assert (layer.bias is not None) == bias
     np.testing.assert_allclose(layer(jnp.asarray(x)), expected, atol=1e-6)
+    graph, state = nnx.split(layer)
+    compiled = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
+    np.testing.assert_allclose(compiled(state, jnp.asarray(x)), expected, atol=1e-6)
 
 
 def test_parameters_carry_their_axes_and_dtype() -> None:
     """Matrices in the dtype asked for, everything else in float32; each dimension with a logical name."""
     layer = Linear((5, 3), ("embed", "mlp"), "bfloat16")
-    assert (layer.kernel.dtype, layer.kernel.get_metadata("axes")) == (BFLOAT16, ("embed", "mlp"))
+    assert (layer.kernel.dtype, layer.kernel.get_metadata("axes")) == (BFLOAT16, ("mlp", "embed"))
     assert (layer.bias.dtype, layer.bias.get_metadata("axes")) == (FLOAT32, ("mlp",))
     norm = LayerNorm(5, 1e-6)
     assert norm.scale.dtype == norm.bias.dtype == FLOAT32

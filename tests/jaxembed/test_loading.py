@@ -52,16 +52,11 @@ def one_device() -> jax.sharding.Mesh:
 
 
 def in_their_names(model: Model) -> Arrays:
-    """A model's weights as the checkpoint has them: Hugging Face's names and layouts.
-
-    Which ones are transposed is not taken from the table that is tested: torch's linear layers are, its tables not.
-    """
-    arrays = {}
-    for path, leaf in model.params.items():
-        name = checkpoint_name(model.architecture, BERT_WEIGHTS, path).name
-        linear = leaf.ndim == 2 and "embeddings" not in name
-        arrays[name] = np.asarray(leaf).T if linear else np.asarray(leaf)
-    return arrays
+    """A model's weights as the checkpoint has them: under Hugging Face's names; matrices stand as torch's do."""
+    return {
+        checkpoint_name(model.architecture, BERT_WEIGHTS, path).name: np.asarray(leaf)
+        for path, leaf in model.params.items()
+    }
 
 
 def assert_holds(model: Model, hf_model: Any, dtype: Any = np.float32) -> None:
@@ -116,7 +111,7 @@ def test_one_error_lists_everything(folder: Path) -> None:
         "unexpected": ["embeddings.extra.weight", "encoder.layer.2.output.dense.bias"],
         "misshapen": [
             "encoder.layer.0.intermediate.dense.weight has the shape (16, 40); "
-            "as layers.0.up.kernel it must give (16, 40)"
+            "as layers.0.up.kernel it must give (40, 16)"
         ],
         "not finite": [
             "embeddings.word_embeddings.weight holds NaN or Inf",
@@ -304,8 +299,8 @@ def test_weights_over_a_mesh(folder: Path, hf_model: BertModel) -> None:
     model = load(folder, mesh=make_mesh(model_parallel=2))
     assert_holds(model, hf_model)
     kernel = model.params["layers.0.up.kernel"]
-    assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, MODEL)
-    assert {shard.data.shape for shard in kernel.addressable_shards} == {(16, 20)}
+    assert kernel.sharding.spec == jax.sharding.PartitionSpec(MODEL, None)
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(20, 16)}
     assert model.params["embeddings.word.table"].sharding.is_fully_replicated
 
 

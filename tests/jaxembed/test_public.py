@@ -5,7 +5,6 @@ import pkgutil
 import subprocess
 import sys
 from importlib.metadata import version
-from types import ModuleType
 
 import pytest
 
@@ -13,14 +12,14 @@ import jaxembed
 
 
 def test_all_is_exactly_the_public_names() -> None:
-    """Nothing public is left out of `__all__`, and nothing in it is missing."""
-    public = {
-        name
-        for name, value in vars(jaxembed).items()
-        if not name.startswith("_") and not isinstance(value, ModuleType) and value is not version
-    }
-    assert set(jaxembed.__all__) == public | {"__version__"}
+    """Nothing in it is missing, and each is the one of the file that defines it."""
     assert set(jaxembed.__all__) == {"Bucket", "Embedder", "JaxembedError", "Ladder", "__version__", "make_mesh"}
+    assert set(jaxembed.__all__) <= set(dir(jaxembed))
+    for name in set(jaxembed.__all__) - {"__version__"}:
+        value = getattr(jaxembed, name)
+        assert getattr(importlib.import_module(value.__module__), name) is value
+    with pytest.raises(AttributeError, match="module 'jaxembed' has no attribute 'Encoder'"):
+        _ = jaxembed.Encoder
 
 
 def test_the_version_is_the_distribution_s() -> None:
@@ -45,11 +44,28 @@ def run(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
 
+HOST_SIDE = (
+    "buckets, cache, checkpoint, colbert, configs, errors, inputs, matryoshka, modules, pairs, refinement, routes, "
+    "settings, similarity, tensors, tokenizer, tokenizer_files, types"
+)
+
+
+def test_the_host_side_can_be_had_without_jax() -> None:
+    """A process that only tokenises must not pay for what it does not use."""
+    code = f"""
+import sys
+from jaxembed import {HOST_SIDE}
+print(sorted({{"jax", "flax", "scipy.optimize", "scipy.sparse", "transformers", "tokenizers"}} & set(sys.modules)))
+"""
+    assert run(code).strip() == "[]"
+
+
 def test_importing_brings_neither_torch_nor_transformers() -> None:
-    """They cost seconds; torch is no dependency at all. Nor is a device touched."""
+    """They cost seconds; torch is no dependency at all. Nor is a device touched, nor SciPy before it is needed."""
     code = """
-import sys, jaxembed
-heavy = {"torch", "transformers", "sentence_transformers", "huggingface_hub", "tokenizers", "jaxembed_server", "quart"}
+import sys, jaxembed.embedder
+heavy = {"torch", "transformers", "sentence_transformers", "huggingface_hub", "tokenizers", "jaxembed_server", "quart",
+         "scipy.optimize", "scipy.sparse"}
 print(sorted(heavy & set(sys.modules)))
 from jax._src import xla_bridge
 print(xla_bridge.backends_are_initialized())

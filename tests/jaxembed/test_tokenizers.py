@@ -13,8 +13,12 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from jaxembed import tokenizer_files
+from jaxembed.cache import switch
+from jaxembed.checkpoint import DEFAULT_MODEL, resolve
 from jaxembed.errors import InputTooLongError, TokenIdError, UnsupportedModelError
 from jaxembed.tokenizer import Tokenizer, TruncationSide
+from jaxembed.tokenizer_files import Found, by_transformers, read_tokenizer
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and the dog does not mind.",
@@ -417,3 +421,34 @@ def test_code_in_the_folder_is_not_run(tmp_path: Path) -> None:
     )
     with pytest.raises(UnsupportedModelError, match=r"remote code 'tokenization_my\.MyTokenizer', which is never run"):
         Tokenizer.from_folder(tmp_path, vocab_size=400, max_length=20)
+
+
+def test_kept_tokenizers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a cache transformers makes a folder's tokenizer once; another file in the folder makes it another one."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((resolve(DEFAULT_MODEL) / name).read_bytes())
+    made = []
+
+    def counted(asked: Path) -> Found:
+        made.append(asked)
+        return by_transformers(asked)
+
+    monkeypatch.setattr(tokenizer_files, "by_transformers", counted)
+    switch(tmp_path / "cache")
+    try:
+        first, second = read_tokenizer(folder), read_tokenizer(folder)
+        assert made == [folder]
+        assert first._replace(backend=None) == second._replace(backend=None)
+        assert first.backend.to_str() == second.backend.to_str()
+        for text in TEXTS:
+            assert first.backend.encode(text).ids == second.backend.encode(text).ids
+        (folder / "model.safetensors").write_bytes(b"weights are no part of it")
+        read_tokenizer(folder)
+        assert len(made) == 1
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "truncation_side": "left"}))
+        assert (first.side, read_tokenizer(folder).side) == ("right", "left")
+    finally:
+        switch(None)

@@ -1,4 +1,4 @@
-"""The warm-up: every bucket, every failure by name, the persistent cache, and the command line."""
+"""The warm-up: every bucket, every failure by name, the cache, and the command line."""
 
 import subprocess
 import sys
@@ -14,6 +14,7 @@ from parity import save_checkpoint, tiny_bert
 from jaxembed import Bucket, Ladder, make_mesh, warmup
 from jaxembed.engine import Compiled, Engine
 from jaxembed.errors import CompileError, WrongNumbersError
+from jaxembed.executables import KIND
 from jaxembed.loading import Model, load
 from jaxembed.warmup import cache_folder, main, use_cache, warm
 
@@ -29,19 +30,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 @pytest.fixture
 def cache(tmp_path: Path, shared_compilations: Path) -> Iterator[Path]:
-    """An empty persistent cache in place of the session's, which comes back afterwards."""
-    names = (
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_compile_time_secs",
-        "jax_persistent_cache_min_entry_size_bytes",
-    )
-    before = {name: getattr(jax.config, name) for name in names}
+    """An empty cache; JAX's own, which the session uses and `use_cache` switches off, comes back afterwards."""
+    before = jax.config.jax_compilation_cache_dir
     folder = tmp_path / "cache"
     use_cache(folder)
     yield folder
-    for name, value in before.items():
-        jax.config.update(name, value)
+    use_cache(None)
+    jax.config.update("jax_compilation_cache_dir", before)
     compilation_cache.reset_cache()
+
+
+def entries(folder: Path) -> int:
+    """Executables in a cache folder."""
+    return len(list((folder / KIND).iterdir()))
 
 
 class Failing(Engine):
@@ -99,7 +100,7 @@ def test_the_second_engine_finds_everything_in_the_cache(model: Model, cache: Pa
     first = warm(Engine(model, LADDER))
     assert first.cache_hits == 0
     assert not any(one.cached for one in first.compiled)
-    assert len(list(cache.iterdir())) >= len(LADDER)
+    assert entries(cache) == len(LADDER)
     second = warm(Engine(model, LADDER))
     assert second.cache_hits == len(LADDER)
     assert all(one.cached for one in second.compiled)
@@ -117,17 +118,16 @@ def test_hits_are_counted_bucket_by_bucket(model: Model, cache: Path) -> None:
 
 
 def test_the_cache_can_be_moved_and_switched_off(model: Model, cache: Path, tmp_path: Path) -> None:
-    """Also after something was compiled: JAX by itself keeps to the folder it saw first."""
+    """Also after something was compiled: JAX's own, which must be off, keeps to the folder it saw first."""
     warm(Engine(model, Ladder([Bucket(1, 8)])))
-    entries = len(list(cache.iterdir()))
-    assert entries
+    assert entries(cache) == 1
     other = tmp_path / "other"
     use_cache(other)
     assert warm(Engine(model, Ladder([Bucket(1, 8)]))).cache_hits == 0
-    assert list(other.iterdir())
+    assert entries(other) == 1
     use_cache(None)
     assert warm(Engine(model, Ladder([Bucket(1, 8)]))).cache_hits == 0
-    assert len(list(cache.iterdir())) == entries
+    assert entries(cache) == entries(other) == 1
 
 
 def test_where_the_cache_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

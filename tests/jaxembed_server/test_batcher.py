@@ -333,6 +333,52 @@ def test_a_single_query_passes_a_bulk_job() -> None:
     assert order_of_first_ids(engine).index(9) <= 3
 
 
+def test_short_requests_run_beside_a_bulk_job_and_not_behind_it() -> None:
+    """They are answered while the bulk job's batch is still on the device, and share no batch with its rows."""
+    engine = FakeEngine(Ladder([Bucket(1, 4), Bucket(4, 4), Bucket(8, 4)]))
+    engine.held = lambda batch: 7 in batch.input_ids
+
+    async def use(batcher: Batcher) -> None:
+        hold(engine)
+        bulk = submit(batcher, *[(7, 7, 7, 7)] * 50)
+        await started(engine)
+        assert [(await submit(batcher, (n, n)))[0][0] for n in (1, 2, 3)] == [2, 4, 6]
+        both = await asyncio.gather(submit(batcher, (4,)), submit(batcher, (5,)))
+        assert [one[0][0] for one in both] == [4, 5]
+        assert not bulk.done()
+        # As large as a batch of its own: it waits its turn.
+        large = submit(batcher, *[(6, 6, 6, 6)] * 8)
+        await asyncio.sleep(0.05)
+        assert not large.done()
+        engine.gate.set()
+        assert len(await bulk) == 50
+        assert len(await large) == 8
+
+    run(engine, use)
+    assert all(
+        7 not in batch.input_ids for batch in engine.batches if set(map(int, batch.input_ids.flat)) & set(range(1, 6))
+    )
+
+
+def test_a_failure_beside_a_bulk_job_is_its_own() -> None:
+    engine = FakeEngine(Ladder([Bucket(1, 4), Bucket(8, 4)]))
+    engine.held = lambda batch: 7 in batch.input_ids
+
+    async def use(batcher: Batcher) -> None:
+        hold(engine)
+        bulk = submit(batcher, *[(7, 7, 7, 7)] * 20)
+        await started(engine)
+        engine.failure = RuntimeError("broken")
+        with pytest.raises(RuntimeError, match="broken"):
+            await submit(batcher, (1,))
+        engine.failure = None
+        assert (await submit(batcher, (2,)))[0][0] == 2
+        engine.gate.set()
+        assert len(await bulk) == 20
+
+    run(engine, use)
+
+
 def test_a_bulk_job_is_not_starved_by_a_stream_of_single_queries() -> None:
     engine = FakeEngine(Ladder([Bucket(4, 4)]))
 

@@ -101,3 +101,21 @@ def test_full_is_a_whole_batch_of_tokens() -> None:
     assert queue.full
     queue.clear()
     assert queue.take() is None
+
+
+def test_short_requests_can_be_taken_alone() -> None:
+    """Only while one of theirs is the most urgent, no more tokens than a part of the largest batch; dead ones go."""
+    queue = FairQueue[Flow](Ladder([Bucket(1, 8), Bucket(2, 8), Bucket(8, 8)]))
+    long, gone, *short = flow(8, 8), flow(2), flow(3), flow(3), flow(3)
+    queue.add(long, 0)
+    assert queue.take_short() is None
+    gone.dead = True
+    for one in (gone, *short):
+        queue.add(one, -1)
+    taken = queue.take_short()
+    assert taken is not None
+    assert [row.flow for row in taken[1]] == short[:2]
+    assert [row.flow for row in queue.take_short()[1]] == short[2:]
+    assert queue.take_short() is None
+    assert queue.tokens == 16
+    assert [[row.flow for row in batch] for batch in drain(queue)] == [[long, long]]

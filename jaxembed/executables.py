@@ -1,0 +1,102 @@
+"""Compiled executables kept in the cache: the next start loads them, and neither traces nor compiles the model again.
+
+JAX's own persistent cache saves the compilation alone: the key of an entry is the program, which must be traced first.
+Ours is what the program is made from: the checkpoint's configuration, the shapes, the code of this package, its
+dependencies' versions, and the machine.
+"""
+
+import logging
+import os
+import pickle
+import platform
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental.serialize_executable import deserialize_and_load, serialize
+from jax.sharding import Mesh
+
+from jaxembed.cache import Cache
+from jaxembed.loading import Model
+from jaxembed.types import Bucket, Output
+
+__all__ = ["Kept", "load_or_compile"]
+
+logger = logging.getLogger(__name__)
+
+KIND = "executables"
+
+Kept = tuple[Any, bool]
+"""An executable, and whether it came from the cache."""
+
+
+def load_or_compile(
+    cache: Cache | None, model: Model, output: Output, bucket: Bucket, compile: Callable[[], Any]
+) -> Kept:
+    """The executable of one shape: kept from an earlier time, or compiled now and kept.
+
+    Args:
+        cache: where executables are kept; None for nowhere.
+        model, output, bucket: what is computed, and of what.
+        compile: makes the executable.
+
+    Raises:
+        Exception: whatever `compile` raises.
+    """
+    if cache is None:
+        return compile(), False
+    key = cache.key(*facts(model, output), bucket)
+    kept = cache.read(KIND, key)
+    if kept is not None:
+        try:
+            program, in_tree, out_tree = pickle.loads(kept)
+            devices = list(model.mesh.devices.flat)
+            return deserialize_and_load(program, in_tree, out_tree, execution_devices=devices), True
+        except Exception:  # Whatever a backend raises about bytes that it does not take: then it is compiled.
+            logger.warning("an executable of %s in the cache cannot be loaded; it is compiled again", bucket)
+    executable = compile()
+    try:
+        content = pickle.dumps(serialize(executable))
+    except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+        logger.debug("executables of this platform cannot be kept: %s", error)
+    else:
+        cache.write(KIND, key, content)
+    return executable, False
+
+
+def facts(model: Model, output: Output) -> tuple[Any, ...]:
+    """All that the executables of a model depend on, but for the shape, the code and the versions."""
+    checkpoint = model.checkpoint
+    specs = [(path, leaf.shape, str(leaf.dtype), str(leaf.sharding)) for path, leaf in model.params.items()]
+    said = (checkpoint.config, checkpoint.modules, checkpoint.normalize, checkpoint.head, checkpoint.late)
+    return (said, model.dtype, model.head, model.tasks, model.left_out, specs, output, target(model.mesh))
+
+
+def target(mesh: Mesh) -> tuple[Any, ...]:
+    """What is compiled for."""
+    devices = list(mesh.devices.flat)
+    first = devices[0]
+    host = host_cpu() if first.platform == "cpu" else ""
+    named = ("jax_enable_x64", "jax_default_matmul_precision")
+    settings = [*(getattr(jax.config, name) for name in named), os.environ.get("XLA_FLAGS")]
+    return (
+        first.platform,
+        first.device_kind,
+        first.client.platform_version,
+        dict(mesh.shape),
+        [device.id for device in devices],
+        host,
+        settings,
+    )
+
+
+@lru_cache(maxsize=1)
+def host_cpu() -> str:
+    """The CPU and what it can do: machine code for one may be illegal on another."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().split("\n\n", 1)[0].splitlines() if info.is_file() else []
+    told = [line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))]
+    # XLA shares the work out among the cores that there are.
+    return "\n".join([platform.machine(), platform.processor(), str(os.cpu_count()), *told])
