@@ -29,6 +29,10 @@ and back, which for a short text may take longer than the work, but lets Python'
 TokenIds = Sequence[int] | npt.NDArray[np.integer[Any]]
 
 
+PLAIN = ("vocab_size", "max_length", "measure_prompts", "bare", "typed", "left_out", "roles", "left_padded")
+"""What of a tokenizer another process is told as it is."""
+
+
 class TruncationSide(StrEnum):
     """Which end a cut takes tokens from: `RIGHT` keeps the first ones, `LEFT` the last."""
 
@@ -127,6 +131,34 @@ class Tokenizer:
             side=TruncationSide(found.side),
             roles=found.roles,
             left_padded=found.left_padded,
+        )
+
+    def description(self) -> dict[str, Any]:
+        """All of it as strings, numbers and lists, for `from_description` in another process."""
+        return {
+            "backend": self._backend.to_str(),
+            "special_ids": sorted(self._special_ids),
+            "vocab_size": self.vocab_size,
+            "max_length": self.max_length,
+            "measure_prompts": self._measure_prompts,
+            "bare": self._bare,
+            "typed": self._typed,
+            "left_out": self._left_out,
+            "side": self.side.value,
+            "roles": dict(self.roles),
+            "left_padded": self.left_padded,
+        }
+
+    @classmethod
+    def from_description(cls, description: Mapping[str, Any]) -> "Tokenizer":
+        """The same tokenizer as the one that gave the `description`."""
+        from tokenizers import Tokenizer as Backend
+
+        return cls(
+            Backend.from_str(description["backend"]),
+            special_ids=frozenset(description["special_ids"]),
+            side=TruncationSide(description["side"]),
+            **{name: description[name] for name in PLAIN},
         )
 
     def token_id(self, token: str) -> int | None:

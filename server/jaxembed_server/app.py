@@ -51,7 +51,7 @@ def plain_path(scope: Any) -> str:
     return path.removeprefix(scope.get("root_path", ""))
 
 
-def create_app(config: ServerConfig, loader: Loader = load_model) -> Quart:
+def create_app(config: ServerConfig, loader: Loader = load_model, *, service: Service | None = None) -> Quart:
     """The application.
 
     Its start-up begins to load the model and returns; `service_of(app)` tells when it is ready.
@@ -59,13 +59,14 @@ def create_app(config: ServerConfig, loader: Loader = load_model) -> Quart:
     Args:
         config: the settings.
         loader: makes the model; another than the real one only in tests.
+        service: in place of one that loads the model here.
     """
     app = Application("jaxembed_server")
     app.config.update(MAX_CONTENT_LENGTH=config.max_body_bytes, RESPONSE_TIMEOUT=None, PROVIDE_AUTOMATIC_OPTIONS=False)
     encoder = DefaultJSONProvider(app)
     encoder.sort_keys = False
     app.json = encoder
-    service = Service(config, Metrics(), loader)
+    service = service or Service(config, Metrics(), loader)
     app.extensions["jaxembed"] = service
     for blueprint in blueprints(service):
         app.register_blueprint(blueprint)

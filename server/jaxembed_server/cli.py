@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -22,7 +22,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from jaxembed_server.app import create_app, service_of
 from jaxembed_server.config import ENV_PREFIX, ConfigError, ServerConfig, from_sources
+from jaxembed_server.metrics import Metrics
+from jaxembed_server.model import Loader, load_model
 from jaxembed_server.service import LOADER_THREAD, Service, State
+from jaxembed_server.supervisor import ProcessError, Supervisor, listening_sockets
 
 __all__ = ["main", "parser", "run"]
 
@@ -62,8 +65,12 @@ def default_of(field: "dataclasses.Field[Any]") -> str:
     return f" (default: {str(value).lower() if isinstance(value, bool) else value})"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, loader: Loader = load_model) -> int:
     """Run the command line.
+
+    Args:
+        argv: the command line.
+        loader: makes the model; another than the real one only in tests.
 
     Returns:
         0 after a clean shutdown; 1 if the model cannot be served; 2 for a setting that is not possible.
@@ -75,18 +82,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"jaxembed: {error}", file=sys.stderr)
         return 2
-    # Ours at the level asked for, everybody else's from a warning upwards.
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for package in ("jaxembed", "jaxembed_server"):
-        logging.getLogger(package).setLevel(config.log_level.upper())
+    log_to_stderr(config)
     with asyncio.Runner(loop_factory=event_loop()) as runner:
-        status = runner.run(run(config))
+        status = runner.run(run(config, loader))
     if any(thread.name == LOADER_THREAD for thread in threading.enumerate()):
         # Stopped while loading: compilations cannot be interrupted, and nobody waits for them any more.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     return status
+
+
+def log_to_stderr(config: ServerConfig) -> None:
+    """Ours at the level asked for, everybody else's from a warning upwards."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for package in ("jaxembed", "jaxembed_server"):
+        logging.getLogger(package).setLevel(config.log_level.upper())
 
 
 def event_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -98,7 +109,7 @@ def event_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
-async def run(config: ServerConfig) -> int:
+async def run(config: ServerConfig, loader: Loader = load_model) -> int:
     """Serve until SIGINT or SIGTERM, then let the work in flight finish.
 
     Returns:
@@ -107,17 +118,25 @@ async def run(config: ServerConfig) -> int:
     settings = hypercorn_settings(config)
     try:
         sockets = settings.create_sockets()
+        url = address(config, sockets.insecure_sockets[0])
+        if config.http_processes:
+            shared = listening_sockets(sockets.insecure_sockets[0], config.http_processes, BACKLOG)
     except OSError as error:
         reason = error.strerror or str(error)
         print(f"jaxembed: cannot listen on {config.host}:{config.port}: {reason}", file=sys.stderr)
         return 1
-    app = create_app(config)
-    service = service_of(app)
+    supervisor = None
+    if config.http_processes:
+        service = Service(config, Metrics(), loader)
+        supervisor = Supervisor(config, service, shared)
+    else:
+        app = create_app(config, loader)
+        service = service_of(app)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    watching = loop.create_task(watch(service, address(config, sockets.insecure_sockets[0]), stop))
+    watching = loop.create_task(watch(service, url, stop, supervisor.up if supervisor else None))
 
     async def until_stopped() -> None:
         await stop.wait()
@@ -128,10 +147,20 @@ async def run(config: ServerConfig) -> int:
             print("shutting down: finishing the work in flight", file=sys.stderr)
         await service.drain()
 
-    wrapped = wrap_app(app, settings.wsgi_max_body_size, "asgi")
-    await worker_serve(wrapped, settings, sockets=sockets, shutdown_trigger=until_stopped)
+    failed = False
+    if supervisor is None:
+        wrapped = wrap_app(app, settings.wsgi_max_body_size, "asgi")
+        await worker_serve(wrapped, settings, sockets=sockets, shutdown_trigger=until_stopped)
+    else:
+        loading = loop.create_task(service.start())
+        try:
+            await supervisor.serve(stop, until_stopped)
+        except ProcessError as error:
+            print(f"jaxembed: {error}", file=sys.stderr)
+            failed = True
+        loading.cancel()
     await watching
-    return 0 if service.failure is None else 1
+    return 1 if failed or service.failure is not None else 0
 
 
 def hypercorn_settings(config: ServerConfig) -> HypercornConfig:
@@ -154,8 +183,17 @@ def address(config: ServerConfig, listening: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host and '[' not in host else host}:{listening.getsockname()[1]}"
 
 
-async def watch(service: Service, url: str, stop: asyncio.Event) -> None:
-    """Show how the start goes; at its end print the address, or why it failed and stop."""
+async def watch(
+    service: Service, url: str, stop: asyncio.Event, up: Callable[[], Coroutine[Any, Any, None]] | None = None
+) -> None:
+    """Show how the start goes; at its end print the address, or why it failed and stop.
+
+    Args:
+        service: what starts.
+        url: the address.
+        stop: ends the server.
+        up: waits for what must have started beside the service.
+    """
     print(f"loading {service.config.model}", file=sys.stderr)
     bar: Any = None
     with logging_redirect_tqdm():
@@ -173,7 +211,19 @@ async def watch(service: Service, url: str, stop: asyncio.Event) -> None:
         print(f"jaxembed: cannot serve {service.config.model}: {service.failure}", file=sys.stderr)
         stop.set()
     elif service.state is State.READY:
+        if up is not None:
+            await first(stop.wait(), up())
+            if stop.is_set():
+                return
         print(greeting(service, url), flush=True)
+
+
+async def first(*waits: Coroutine[Any, Any, object]) -> None:
+    """Wait for one of these, and give the others up."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
 
 
 def greeting(service: Service, url: str) -> str:

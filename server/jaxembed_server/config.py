@@ -141,6 +141,9 @@ class ServerConfig:
     matryoshka_dimensions: tuple[int, ...] | None = setting(
         None, sizes, "declare the sizes that `dimensions` may ask of this model: 'any', or such as 256,128"
     )
+    http_processes: int = setting(
+        0, integer(0), "processes for HTTP and tokenising in front of the one with the model; 0: that one does it all"
+    )
     access_log: bool = setting(False, flag, "log a line for each request")
     log_level: str = setting("info", one_of("debug", "info", "warning", "error"), "least severity that is logged")
 

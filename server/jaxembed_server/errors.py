@@ -57,6 +57,7 @@ class QueueFullError(errors.JaxembedError):
     """More work waits than may.
 
     Attributes:
+        waiting, limit: tokens that wait, and that may.
         retry_after: seconds until the queue should have drained.
     """
 
@@ -64,6 +65,7 @@ class QueueFullError(errors.JaxembedError):
         super().__init__(
             f"the queue is full: {waiting} tokens are waiting, {limit} may; try again in {math.ceil(retry_after)} s"
         )
+        self.waiting, self.limit = waiting, limit
         self.retry_after = retry_after
 
 
@@ -71,11 +73,13 @@ class NotReadyError(errors.JaxembedError):
     """The server is loading, warming up or shutting down.
 
     Attributes:
+        state: what it is.
         retry_after: seconds after which to try again.
     """
 
     def __init__(self, state: str, retry_after: float = 1.0) -> None:
         super().__init__(f"the server is not ready: it is {state}")
+        self.state = state
         self.retry_after = retry_after
 
 

@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from jaxembed.checkpoint import Checkpoint
-from jaxembed.embedder import Embedder
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.matryoshka import Matryoshka, Policy
 from jaxembed.refinement import Refinable
 from jaxembed.tokenizer import Tokenizer
 from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION
-from jaxembed.warmup import cache_folder, use_cache, warm
 from jaxembed_server.batcher import Engine
 from jaxembed_server.config import ServerConfig
 
@@ -50,6 +48,10 @@ def load_model(config: ServerConfig, progress: Progress) -> Loaded:
         JaxembedError: the checkpoint, this jaxlib or a compilation is at fault.
         ValueError: a setting does not fit the model.
     """
+    # Here: a process that only speaks HTTP needs the rest of this file, and must not import JAX.
+    from jaxembed.embedder import Embedder
+    from jaxembed.warmup import cache_folder, use_cache, warm
+
     use_cache(cache_folder(config.cache_dir))
     chosen = choose_route(Checkpoint.open(config.model, revision=config.revision), config.route)
     check_gives_vectors(chosen)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +55,25 @@ class State(StrEnum):
     FAILED = "failed"
 
 
+class Queue(Protocol):
+    """What a request's rows are given to: a Batcher, or what leads to one in another process."""
+
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens of all requests that are in."""
+
+    async def submit(
+        self, encodings: Sequence[Encoding], *, dimensions: int, normalize: bool, priority: int = 0
+    ) -> npt.NDArray[np.float32]:
+        """Vectors of a request's rows, as `Batcher.submit`."""
+
+    async def drain(self) -> None:
+        """Take no more requests and wait for those that are in."""
+
+    def close(self) -> None:
+        """Stop at once."""
+
+
 class Service:
     """One model, served.
 
@@ -78,7 +98,7 @@ class Service:
         self.created = int(time.time())
         self._loader = loader
         self._loaded: Loaded | None = None
-        self._batcher: Batcher | None = None
+        self._batcher: Queue | None = None
         self._refiner: Refiner | None = None
         self._tokenizing = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenize")
         metrics.watch(
@@ -207,6 +227,24 @@ class Service:
         if not np.isfinite(vectors).all():
             raise NonFiniteError(np.flatnonzero(~np.isfinite(vectors).all(axis=1)).tolist())
         return vectors, tokens
+
+    async def submit(
+        self, encodings: Sequence[Encoding], *, dimensions: int, normalize: bool, priority: int = 0
+    ) -> npt.NDArray[np.float32]:
+        """Vectors of what another process has tokenised, as `Batcher.submit`.
+
+        Raises:
+            NotReadyError: there is no model yet, or the server is shutting down.
+        """
+        if self.state is not State.READY or self._batcher is None:
+            raise NotReadyError(self.state.value)
+        if self._refiner is not None:
+            self._refiner.saw(map(len, encodings))
+        return await self._batcher.submit(encodings, dimensions=dimensions, normalize=normalize, priority=priority)
+
+    async def metrics_page(self) -> bytes:
+        """What GET /metrics tells."""
+        return self.metrics.page()
 
     def _dimensions(self, request: EmbeddingRequest, loaded: Loaded) -> int:
         if request.dimensions is None:

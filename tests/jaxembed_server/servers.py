@@ -14,19 +14,19 @@ import openai
 
 
 class Server:
-    """`python -m jaxembed_server` on a free port.
+    """`python -m jaxembed_server` on a free port, or another module that takes the same flags.
 
     Attributes:
         url: where it listens; set once it is ready.
         output: everything it printed, standard output and standard error together.
     """
 
-    def __init__(self, *flags: str, **environment: str) -> None:
+    def __init__(self, *flags: str, module: str = "jaxembed_server", **environment: str) -> None:
         self.url = ""
         self.output = ""
         self._ready = threading.Event()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "jaxembed_server", "--port", "0", *flags],
+            [sys.executable, "-m", module, "--port", "0", *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -30,7 +30,7 @@ WIDTH = 16
 @pytest.fixture(autouse=True)
 def no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder of executables is the process's: it stays the one of the session."""
-    monkeypatch.setattr("jaxembed_server.model.use_cache", lambda folder: None)
+    monkeypatch.setattr("jaxembed.warmup.use_cache", lambda folder: None)
 
 
 def loaded(folder: Path, **settings: Any) -> Loaded:

@@ -35,7 +35,7 @@ def blueprint(service: Service) -> Blueprint:
 
     @routes.get("/metrics")
     async def metrics() -> Response:
-        return Response(service.metrics.page(), content_type=CONTENT_TYPE)
+        return Response(await service.metrics_page(), content_type=CONTENT_TYPE)
 
     @routes.get("/version")
     async def versions() -> dict[str, str]:
