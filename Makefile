@@ -80,7 +80,7 @@ bench: $(VENV)/.bench  ## engine and HTTP in one quick run of what is installed;
 
 bench-peers: $(VENV)/.bench $(PEERS:%=.venv-peers/%/.ready)  ## environments of the peers for the long benchmarks (9 GB)
 
-warmup: $(VENV)/.serve  ## compile every shape ahead into the persistent cache (ARGS='--dtype bfloat16')
+warmup: $(VENV)/.serve  ## compile every shape ahead into the cache (ARGS='--dtype bfloat16')
 	$(BIN)/python -m jaxembed.warmup $(ARGS)
 
 clean:  ## remove the virtual environment and caches

@@ -42,7 +42,7 @@ class Report:
 
     @property
     def cache_hits(self) -> int:
-        """How many executables came from the persistent cache."""
+        """How many executables came from the cache."""
         return sum(one.cached for one in self.compiled)
 
 
@@ -109,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line of `python -m jaxembed.warmup`."""
     parser = argparse.ArgumentParser(
         prog="python -m jaxembed.warmup",
-        description="Compile every (batch, length) shape of a model ahead, into the persistent cache.",
+        description="Compile every (batch, length) shape of a model ahead, into the cache.",
     )
     parser.add_argument("--model", default=DEFAULT_MODEL, help="folder or hub id (default: %(default)s)")
     parser.add_argument("--dtype", default=DTYPES[0], choices=DTYPES, help="of the matrices (default: %(default)s)")
