@@ -7,6 +7,7 @@ import importlib.util
 import os
 import pkgutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -31,6 +32,7 @@ jaxtyping.install_import_hook(checked, "beartype.beartype")
 
 from jaxembed import Bucket, Embedder, Ladder, make_mesh  # noqa: E402
 from jaxembed.checkpoint import DEFAULT_MODEL, resolve  # noqa: E402
+from jaxembed.warmup import use_cache  # noqa: E402
 
 # Examples are the same on every run, and no test depends on how fast the machine is.
 hypothesis.settings.register_profile("jaxembed", derandomize=True, deadline=None, database=None)
@@ -45,6 +47,16 @@ def shared_compilations(tmp_path_factory: pytest.TempPathFactory) -> Path:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return folder
+
+
+@pytest.fixture
+def cache(tmp_path: Path, shared_compilations: Path) -> Iterator[Path]:
+    """An empty cache; JAX's own, which the session uses and `use_cache` switches off, comes back afterwards."""
+    folder = tmp_path / "cache"
+    use_cache(folder)
+    yield folder
+    use_cache(None)
+    jax.config.update("jax_compilation_cache_dir", str(shared_compilations))
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Executables out of the cache: the same numbers, and never another model's, shape's, output's or machine's."""
 
 import pickle
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from parity import save_checkpoint, tiny_bert
 
 from jaxembed import Bucket, Ladder, executables, make_mesh
 from jaxembed.buckets import Row, pack
-from jaxembed.cache import Cache, switch
+from jaxembed.cache import Cache
 from jaxembed.engine import Engine
 from jaxembed.executables import facts
 from jaxembed.loading import Model, load
@@ -26,17 +25,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_checkpoint(tiny_bert(num_hidden_layers=1), tmp_path_factory.mktemp("one-layer"))
 
 
-@pytest.fixture
-def cache(tmp_path: Path, shared_compilations: Path) -> Iterator[Cache]:
-    """A cache of the test's own; JAX's, whose executables cannot be kept, is off meanwhile."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", None)
-    switch(tmp_path / "cache")
-    yield Cache(tmp_path / "cache")
-    switch(None)
-    jax.config.update("jax_compilation_cache_dir", before)
-
-
 def vectors(model: Model, output: Output = Output.DENSE) -> tuple[np.ndarray, bool]:
     """What a new engine gives for two rows, and whether its executable came from the cache."""
     engine = Engine(model, Ladder([BUCKET]), output=output)
@@ -46,7 +34,7 @@ def vectors(model: Model, output: Output = Output.DENSE) -> tuple[np.ndarray, bo
 
 
 @pytest.mark.parametrize(("devices", "model_parallel"), [(1, 1), (2, 1), (2, 2)])
-def test_it_gives_what_was_compiled(folder: Path, cache: Cache, devices: int, model_parallel: int) -> None:
+def test_it_gives_what_was_compiled(folder: Path, cache: Path, devices: int, model_parallel: int) -> None:
     """Bit by bit, also over a mesh, which must not be that of all devices."""
     mesh = make_mesh(jax.devices()[2 : 2 + devices], model_parallel=model_parallel)
     model = load(folder, mesh=mesh)
@@ -56,7 +44,7 @@ def test_it_gives_what_was_compiled(folder: Path, cache: Cache, devices: int, mo
     np.testing.assert_array_equal(loaded, compiled)
 
 
-def test_other_weights_of_the_same_kind_share_it(folder: Path, tmp_path: Path, cache: Cache) -> None:
+def test_other_weights_of_the_same_kind_share_it(folder: Path, tmp_path: Path, cache: Path) -> None:
     """Weights are arguments: what is kept is the program alone."""
     model = load(folder, mesh=make_mesh(jax.devices()[:1]))
     first, _ = vectors(model)
@@ -66,7 +54,7 @@ def test_other_weights_of_the_same_kind_share_it(folder: Path, tmp_path: Path, c
     assert not np.allclose(first, second)
 
 
-def test_whatever_else_differs_makes_another(folder: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whatever_else_differs_makes_another(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = make_mesh(jax.devices()[:1])
     model = load(folder, mesh=one)
     _, cached = vectors(model)
@@ -83,14 +71,14 @@ def test_whatever_else_differs_makes_another(folder: Path, cache: Cache, monkeyp
 
 
 def test_bytes_that_are_no_executable_are_compiled_again(
-    folder: Path, cache: Cache, caplog: pytest.LogCaptureFixture
+    folder: Path, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """And replaced, so that the next start finds what it needs."""
     model = load(folder, mesh=make_mesh(jax.devices()[:1]))
     expected, _ = vectors(model)
-    (file,) = (cache.folder / executables.KIND).iterdir()
+    (file,) = (cache / executables.KIND).iterdir()
     for content in (b"garbage", pickle.dumps((b"garbage", None, None))):
-        cache.write(executables.KIND, file.name, content)
+        Cache(cache).write(executables.KIND, file.name, content)
         got, cached = vectors(model)
         assert not cached
         np.testing.assert_array_equal(got, expected)

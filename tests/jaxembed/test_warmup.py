@@ -2,13 +2,11 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from parity import save_checkpoint, tiny_bert
 
 from jaxembed import Bucket, Ladder, make_mesh, warmup
@@ -26,18 +24,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     """A model of one layer on one device: what is compiled here does not matter, only that it is."""
     folder = save_checkpoint(tiny_bert(num_hidden_layers=1), tmp_path_factory.mktemp("one-layer"))
     return load(folder, mesh=make_mesh(jax.devices()[:1]))
-
-
-@pytest.fixture
-def cache(tmp_path: Path, shared_compilations: Path) -> Iterator[Path]:
-    """An empty cache; JAX's own, which the session uses and `use_cache` switches off, comes back afterwards."""
-    before = jax.config.jax_compilation_cache_dir
-    folder = tmp_path / "cache"
-    use_cache(folder)
-    yield folder
-    use_cache(None)
-    jax.config.update("jax_compilation_cache_dir", before)
-    compilation_cache.reset_cache()
 
 
 def entries(folder: Path) -> int:
