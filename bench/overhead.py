@@ -104,9 +104,9 @@ class Served:
             time.sleep(0.1)
 
     async def _status(self) -> int:
-        from bench.client import get
+        from bench.client import post, prepare
 
-        return await get(self.port, "/ready")
+        return await post(self.port, prepare(self.port, "", ["ready"], "float"))
 
     def measure(
         self, clients: int, lists: Sequence[Sequence[str]], encoding: str, options: argparse.Namespace

@@ -97,6 +97,14 @@ class Ladder:
             buckets.add(Bucket(most * batch_multiple, length))
         return cls(buckets)
 
+    def smallest(self) -> "Ladder":
+        """Of each length the shape with the fewest rows: they take whatever this ladder takes, and are ready first."""
+        found: dict[int, Bucket] = {}
+        for bucket in self.buckets:
+            # They stand in the order of their tokens.
+            found.setdefault(bucket.seq_len, bucket)
+        return Ladder(found.values())
+
     def __str__(self) -> str:
         return "{" + ", ".join(map(str, self.buckets)) + "}"
 

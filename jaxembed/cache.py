@@ -44,6 +44,10 @@ class Cache:
         content = found[size:]
         return content if DIGEST(content).digest() == found[:size] else None
 
+    def has(self, kind: str, key: str) -> bool:
+        """Whether there is such an entry, whole or not."""
+        return self._file(kind, key).is_file()
+
     def write(self, kind: str, key: str, content: bytes) -> None:
         """Keep an entry. A folder that cannot be written to is a warning: the next start will take longer."""
         file = self._file(kind, key)

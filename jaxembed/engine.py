@@ -4,6 +4,7 @@ The function compiled is pure in (flat weights, batch); weights are arguments, s
 call passes a flat tuple. A shape that was not compiled ahead is an error, never a compilation on the way.
 """
 
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxembed import cache
 from jaxembed.buckets import Ladder
 from jaxembed.errors import BucketError
-from jaxembed.executables import load_or_compile
+from jaxembed.executables import facts, has, load_or_compile
 from jaxembed.layers import Tokens
 from jaxembed.loading import Model
 from jaxembed.sharding import DATA, batch_sharding
@@ -31,6 +32,9 @@ __all__ = ["MAX_BATCH_TOKENS", "Compiled", "Engine"]
 MAX_BATCH_TOKENS = {"cpu": 1024}
 """Tokens a dispatch should hold per device, by platform; measured on CPU (docs/numerics.md), a guess elsewhere."""
 OTHER_BATCH_TOKENS = 16_384
+
+LADDERS = "ladders"
+"""What they are called in the cache."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,25 @@ class Engine:
         if missing:
             raise self._unknown(missing[0])
         self.ladder = ladder
+
+    def cached(self, bucket: Bucket) -> bool:
+        """Whether `compile` would find this shape in the cache."""
+        return has(cache.current(), self.model, self.output, bucket)
+
+    def keep(self, ladder: Ladder) -> None:
+        """Keep a ladder in the cache, if there is one, for the next start with the same model and settings."""
+        kept = cache.current()
+        if kept is not None:
+            kept.write(LADDERS, self._ladder_key(kept), json.dumps(ladder.buckets).encode())
+
+    def kept(self) -> Ladder | None:
+        """The ladder of the last `keep`; None if there is none. Its shapes need not be compiled."""
+        kept = cache.current()
+        content = None if kept is None else kept.read(LADDERS, self._ladder_key(kept))
+        return None if content is None else Ladder(Bucket(*sizes) for sizes in json.loads(content))
+
+    def _ladder_key(self, kept: cache.Cache) -> str:
+        return kept.key(*facts(self.model, self.output), self.max_batch_tokens, self.batch_multiple)
 
     def time(self, bucket: Bucket, *, repeats: int = 3) -> float:
         """Seconds that one full batch of this shape takes, the least of several; it must be compiled."""

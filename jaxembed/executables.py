@@ -22,7 +22,7 @@ from jaxembed.cache import Cache
 from jaxembed.loading import Model
 from jaxembed.types import Bucket, Output
 
-__all__ = ["Kept", "load_or_compile"]
+__all__ = ["Kept", "facts", "has", "load_or_compile"]
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,11 @@ def load_or_compile(
     else:
         cache.write(KIND, key, content)
     return executable, False
+
+
+def has(cache: Cache | None, model: Model, output: Output, bucket: Bucket) -> bool:
+    """Whether the executable of a shape is in the cache."""
+    return cache is not None and cache.has(KIND, cache.key(*facts(model, output), bucket))
 
 
 def facts(model: Model, output: Output) -> tuple[Any, ...]:

@@ -1,7 +1,8 @@
 """A ladder from what really comes: its lengths by exact dynamic programming over a histogram. Knows no JAX.
 
 A small ladder is ready in seconds and pads much. Once enough inputs have been seen, the lengths are chosen again so
-that their cost is least, their shapes are compiled beside the work, and the ladder is swapped.
+that their cost is least, their shapes are compiled beside the work, and the ladder is swapped. It is kept in the cache,
+if there is one, and the next start need not wait for as many inputs.
 """
 
 import threading
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from jaxembed.buckets import Ladder
 from jaxembed.types import Bucket
 
-__all__ = ["Cost", "Histogram", "Refinable", "Timing", "choose_lengths", "fit_cost", "refine"]
+__all__ = ["Cost", "Histogram", "Refinable", "Timing", "choose_lengths", "fit_cost", "refine", "switch"]
 
 WORTH = 0.01
 """A further length must save this share of the whole cost: each is several shapes to compile."""
@@ -140,6 +141,12 @@ class Refinable(Protocol):
     def adopt(self, ladder: Ladder) -> None:
         """Plan by another ladder from now on."""
 
+    def keep(self, ladder: Ladder) -> None:
+        """Keep a ladder for the next start."""
+
+    def kept(self) -> Ladder | None:
+        """The ladder that was kept last."""
+
 
 def refine(engine: Refinable, counts: npt.NDArray[np.int64]) -> Ladder | None:
     """Choose shapes for inputs like these, compile them, and only then have the engine plan by them.
@@ -167,11 +174,21 @@ def refine(engine: Refinable, counts: npt.NDArray[np.int64]) -> Ladder | None:
     before, after = (row_seconds(ladder, within, cost) for ladder in (old, new))
     if after > (1 - GAIN) * before:
         return None
-    engine.allow(new)
-    for bucket in new.buckets:
-        engine.compile(bucket)
-    engine.adopt(new)
+    switch(engine, new)
+    engine.keep(new)
     return new
+
+
+def switch(engine: Refinable, ladder: Ladder) -> None:
+    """Compile the shapes of a ladder, and only then have the engine plan by them.
+
+    Raises:
+        Exception: whatever a compilation raises; the engine keeps its ladder then.
+    """
+    engine.allow(ladder)
+    for bucket in ladder.buckets:
+        engine.compile(bucket)
+    engine.adopt(ladder)
 
 
 def row_seconds(ladder: Ladder, counts: npt.NDArray[np.int64], cost: Cost) -> float:

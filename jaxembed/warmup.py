@@ -17,6 +17,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 from tqdm import tqdm
 
+from jaxembed.buckets import Ladder
 from jaxembed.cache import switch
 from jaxembed.checkpoint import DEFAULT_MODEL
 from jaxembed.engine import Compiled, Engine
@@ -70,6 +71,7 @@ def use_cache(folder: Path | None) -> None:
 
 def warm(
     engine: Engine,
+    ladder: Ladder | None = None,
     *,
     workers: int | None = None,
     progress: Callable[[Compiled], None] = lambda _: None,
@@ -77,7 +79,8 @@ def warm(
     """Check the numerics of this jaxlib, then compile every bucket of the ladder, several at a time.
 
     Args:
-        engine: its ladder is compiled.
+        engine: whose shapes are compiled.
+        ladder: which; by default the engine's.
         workers: compilations at a time; by default one a core, at most 8.
         progress: called after each bucket, in the calling thread.
 
@@ -86,12 +89,13 @@ def warm(
         CompileError: names every bucket that failed; the others are ready.
     """
     start = time.perf_counter()
+    buckets = (ladder or engine.ladder).buckets
     check_numerics()
     done: dict[Bucket, Compiled] = {}
     failures: dict[str, str] = {}
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1), thread_name_prefix="compile") as pool:
         # The largest first: the last one to finish should be a short one.
-        pending = {pool.submit(engine.compile, bucket): bucket for bucket in reversed(engine.ladder.buckets)}
+        pending = {pool.submit(engine.compile, bucket): bucket for bucket in reversed(buckets)}
         for future in as_completed(pending):
             bucket = pending[future]
             try:
@@ -102,7 +106,7 @@ def warm(
                 progress(done[bucket])
     if failures:
         raise CompileError(failures)
-    return Report(tuple(done[bucket] for bucket in engine.ladder.buckets), time.perf_counter() - start)
+    return Report(tuple(done[bucket] for bucket in buckets), time.perf_counter() - start)
 
 
 def parser() -> argparse.ArgumentParser:

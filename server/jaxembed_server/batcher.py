@@ -19,7 +19,7 @@ import heapq
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -110,8 +110,11 @@ class Batcher:
         self._max_queue_tokens = max_queue_tokens
         self._observer = observer
         self._loop = asyncio.get_running_loop()
-        self._changed = threading.Condition()
-        # All below: only with `_changed` held.
+        self._lock = threading.RLock()
+        # Two rooms to wait in: a thread that is woken in vain still takes the interpreter's lock from one that works.
+        self._work_came = threading.Condition(self._lock)
+        self._turn_came = threading.Condition(self._lock)
+        # All below: only with `_lock` held.
         self._queue = FairQueue[Job](engine.ladder)
         self._queued_tokens = 0
         self._jobs: set[Job] = set()
@@ -135,7 +138,7 @@ class Batcher:
     @property
     def queued_tokens(self) -> int:
         """Tokens of all requests that are admitted and not yet answered."""
-        with self._changed:
+        with self._lock:
             return self._queued_tokens
 
     async def submit(
@@ -180,23 +183,22 @@ class Batcher:
 
     async def drain(self) -> None:
         """Take no more requests and wait for those that are in."""
-        with self._changed:
+        with self._lock:
             self._draining = True
         await self._idle.wait()
 
     def close(self) -> None:
         """Stop at once: what waits fails with NotReadyError, what runs is run to its end in its thread."""
-        with self._changed:
+        with self._lock:
             self._draining = self._closed = True
             jobs = list(self._jobs)
-            self._changed.notify_all()
-        for job in jobs:
-            self._fail(job, NotReadyError("shutting down"))
+            self._work_came.notify_all()
+        self._fail(jobs, NotReadyError("shutting down"))
 
     # On the event loop.
 
     def _admit(self, job: Job, priority: int) -> None:
-        with self._changed:
+        with self._lock:
             if self._draining:
                 raise NotReadyError("shutting down")
             waiting = self._queued_tokens
@@ -206,11 +208,12 @@ class Batcher:
             self._queued_tokens += job.tokens
             self._jobs.add(job)
             self._idle.clear()
-            self._changed.notify_all()
+            if self._takes:
+                self._work_came.notify()
 
     def _leave(self, job: Job) -> None:
         """The request is over, however it ended."""
-        with self._changed:
+        with self._lock:
             job.dead = True
             self._jobs.discard(job)
             self._queued_tokens -= job.tokens
@@ -243,34 +246,44 @@ class Batcher:
             except Exception as error:
                 # Whatever went wrong, its callers must hear of it; the next batch is another matter.
                 logger.exception("a batch of the bucket %s failed", bucket)
-                for job in {row.flow for row in rows}:
-                    self._fail(job, error)
+                self._fail({row.flow for row in rows}, error)
             finally:
-                with self._changed:
+                with self._lock:
                     self._taken -= not beside
-                    self._changed.notify_all()
+                    if self._takes:
+                        self._work_came.notify()
 
     def _take(self) -> Taken | None:
         """The next batch's rows; waits for work. None when the batcher is closed."""
-        with self._changed:
+        with self._lock:
             while not self._closed:
                 # The engine may have better shapes by now.
                 self._queue.ladder = self._engine.ladder
                 if (taken := self._next()) is not None:
                     self._taken += not taken.beside
-                    # What is left may fill a batch for another thread.
-                    self._changed.notify_all()
+                    if self._takes:
+                        # What is left may fill a batch for another thread.
+                        self._work_came.notify()
                     return taken
-                self._changed.wait()
+                self._work_came.wait()
             return None
 
+    @property
+    def _ordinary(self) -> bool:
+        """Whether a batch should be made that waits for its turn: the first, or one ahead if it would be full."""
+        return not self._taken or (self._queue.full and self._taken <= self._engine.max_in_flight)
+
+    @property
+    def _takes(self) -> bool:
+        """Whether a thread that is free may find something to do: only then is one woken."""
+        return bool(self._queue) and (self._ordinary or self._long > 0)
+
     def _next(self) -> Taken | None:
-        """A batch that a free thread should make now; None if it should wait. Called with `_changed` held."""
+        """A batch that a free thread should make now; None if it should wait."""
         if self._long and (short := self._queue.take_short()) is not None:
             self._queue.ran(short[1], len(self._jobs))
             return Taken(*short, beside=True, long=False)
-        ahead = self._queue.full and self._taken <= self._engine.max_in_flight
-        if (ahead or not self._taken) and (most := self._queue.take()) is not None:
+        if self._ordinary and (most := self._queue.take()) is not None:
             return Taken(*most, beside=False, long=not all(self._queue.short(row.flow) for row in most[1]))
         return None
 
@@ -282,26 +295,28 @@ class Batcher:
         """
         rows = taken.rows
         first = min(rows)
-        with self._changed:
+        with self._lock:
             # An ordered list and not a semaphore, which would let the same thread in again and again.
             heapq.heappush(self._prepared, first)
-            self._changed.wait_for(lambda: self._running < self._engine.max_in_flight and self._prepared[0] is first)
+            self._turn_came.wait_for(lambda: self._running < self._engine.max_in_flight and self._prepared[0] is first)
             heapq.heappop(self._prepared)
-            self._changed.notify_all()
+            self._turn_came.notify_all()
             if self._queue.outranks(first) or all(row.flow.dead for row in rows):
                 self._queue.give_back(rows)
                 return False
             self._running += 1
             self._long += taken.long
             self._queue.ran(rows, len(self._jobs))
-            self._changed.notify_all()
+            if self._takes:
+                # Short requests that wait may run beside this one.
+                self._work_came.notify()
             return True
 
     def _end_turn(self, taken: Taken) -> None:
-        with self._changed:
+        with self._lock:
             self._running -= 1
             self._long -= taken.long
-            self._changed.notify_all()
+            self._turn_came.notify_all()
 
     def _deliver(self, batch: Batch, rows: Rows, vectors: npt.NDArray[np.float32]) -> None:
         if vectors.shape != (batch.rows, self._engine.dimension):
@@ -310,30 +325,33 @@ class Batcher:
         for owner, vector in zip(batch.owners, vectors, strict=True):
             row = rows[owner]
             row.flow.result[row.item] = vector[: row.flow.dimensions]
-        with self._changed:
+        with self._lock:
             for row in rows:
                 row.flow.missing -= 1
                 if not row.flow.missing:
                     finished.append(row.flow)
-        for job in finished:
-            self._complete(job, None)
+        if finished:
+            self._complete(finished, None)
 
-    def _fail(self, job: Job, error: Exception) -> None:
-        job.dead = True
-        self._complete(job, error)
+    def _fail(self, jobs: Collection[Job], error: Exception) -> None:
+        for job in jobs:
+            job.dead = True
+        self._complete(jobs, error)
 
-    def _complete(self, job: Job, error: Exception | None) -> None:
-        """Settle a job's future on the event loop, unless it is settled."""
+    def _complete(self, jobs: Collection[Job], error: Exception | None) -> None:
+        """Settle the futures of jobs on the event loop, but for those that are settled."""
 
         def settle() -> None:
-            if job.future.done():
-                return
-            if error is None:
-                job.future.set_result(job.result)
-            else:
-                job.future.set_exception(error)
+            for job in jobs:
+                if job.future.done():
+                    continue
+                if error is None:
+                    job.future.set_result(job.result)
+                else:
+                    job.future.set_exception(error)
 
         try:
+            # Once for all of them: each call wakes the loop, which then wants the interpreter's lock.
             self._loop.call_soon_threadsafe(settle)
         except RuntimeError:
             # The loop is closed: nobody is left to tell.
@@ -342,7 +360,7 @@ class Batcher:
     def _measure(self, batch: Batch, seconds: float) -> None:
         tokens = int(batch.lengths.sum())
         self._observer(batch.bucket, batch.rows, tokens, seconds)
-        with self._changed:
+        with self._lock:
             # Tokens and seconds fade separately: their ratio is the rate, and a small batch counts as little as it is.
             self._run_tokens = FADING * self._run_tokens + tokens
             self._run_seconds = FADING * self._run_seconds + seconds

@@ -80,6 +80,9 @@ class FairQueue(Generic[F]):
         self._clock = 0.0
         self.tokens = 0
 
+    def __bool__(self) -> bool:
+        return bool(self._heap)
+
     @property
     def full(self) -> bool:
         """Whether the rows would fill the largest batch."""

@@ -5,12 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from jaxembed.buckets import Ladder
 from jaxembed.checkpoint import Checkpoint
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.matryoshka import Matryoshka, Policy
 from jaxembed.refinement import Refinable
 from jaxembed.tokenizer import Tokenizer
-from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION
+from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION, Bucket
 from jaxembed_server.batcher import Engine
 from jaxembed_server.config import ServerConfig
 
@@ -21,6 +22,10 @@ logger = logging.getLogger(__name__)
 
 class ServedEngine(Engine, Refinable, Protocol):
     """What serving needs of an engine."""
+
+    @property
+    def compiled(self) -> frozenset[Bucket]:
+        """The shapes that are ready."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class Loaded:
     matryoshka: Matryoshka
     tasks: Sequence[str] = ()
     """Among which an input may choose, in the order of their numbers."""
+    ladder: Ladder | None = None
+    """What the engine is to have soon, where it has only a part yet."""
 
 
 Progress = Callable[[int, int], None]
@@ -61,7 +68,11 @@ def load_model(config: ServerConfig, progress: Progress) -> Loaded:
         max_length=config.max_length,
         max_batch_tokens=config.max_batch_tokens,
     )
-    total, done = len(embedder.engine.ladder), 0
+    engine, ladder = embedder.engine, embedder.engine.ladder
+    # What is only to be loaded can come while the first requests are answered; what must be compiled would take the
+    # cores from them for long.
+    first = ladder.smallest() if all(map(engine.cached, ladder.buckets)) else ladder
+    total, done = len(first), 0
     progress(done, total)
 
     def one_more(_: object) -> None:
@@ -69,7 +80,8 @@ def load_model(config: ServerConfig, progress: Progress) -> Loaded:
         done += 1
         progress(done, total)
 
-    report = warm(embedder.engine, progress=one_more)
+    report = warm(engine, first, progress=one_more)
+    engine.adopt(first)
     logger.info("%d shapes in %.1f s, %d from the cache", total, report.seconds, report.cache_hits)
     checkpoint = embedder.model.checkpoint
     matryoshka = Matryoshka.of(
@@ -79,7 +91,7 @@ def load_model(config: ServerConfig, progress: Progress) -> Loaded:
         policy=Policy(config.matryoshka),
         override=config.matryoshka_dimensions,
     )
-    return Loaded(checkpoint, embedder.tokenizer, embedder.engine, matryoshka, embedder.model.tasks)
+    return Loaded(checkpoint, embedder.tokenizer, engine, matryoshka, embedder.model.tasks, ladder)
 
 
 def choose_route(checkpoint: Checkpoint, route: str | None) -> Checkpoint:

@@ -1,14 +1,16 @@
-"""Better shapes while serving: counts the lengths that come, and has the engine's ladder refined in a thread beside.
+"""Better shapes while serving: the ladder is completed and refined in a thread beside. Knows neither HTTP nor JAX.
 
-The server starts with few shapes and is ready soon. After so many inputs the shapes are chosen by what came, compiled,
-and swapped in: no request waits for that, and a failure leaves everything as it was. Knows neither HTTP nor JAX.
+The server starts with few shapes and is ready soon. First come those that it left out because the cache has them, then
+those that an earlier run chose. After so many inputs the shapes are chosen by the lengths that came, and compiled. They
+are swapped in when all of them are there: no request waits for that, and a failure leaves everything as it was.
 """
 
 import logging
 import threading
 from collections.abc import Iterable
 
-from jaxembed.refinement import Histogram, Refinable, refine
+from jaxembed.buckets import Ladder
+from jaxembed.refinement import Histogram, Refinable, refine, switch
 
 __all__ = ["Refiner"]
 
@@ -23,17 +25,19 @@ class Refiner:
 
     Args:
         engine: its ladder is refined.
-        after: inputs before the first look; 0 never looks.
+        ladder: the one to begin with, where the engine has only a part of it.
+        after: inputs before the first look; 0 never looks, nor at what an earlier run chose.
     """
 
-    def __init__(self, engine: Refinable, *, after: int) -> None:
+    def __init__(self, engine: Refinable, ladder: Ladder | None = None, *, after: int) -> None:
         self._engine = engine
+        self._ladder = ladder or engine.ladder
         self._seen = Histogram(engine.ladder.max_length)
         self._count = 0
         self._next = after
         self._changed = threading.Condition()
         self._closed = False
-        if after:
+        if after or engine.ladder is not self._ladder:
             threading.Thread(target=self._work, name="refine-ladder", daemon=True).start()
 
     def saw(self, lengths: Iterable[int]) -> None:
@@ -54,6 +58,11 @@ class Refiner:
             self._changed.notify()
 
     def _work(self) -> None:
+        self._begin(self._ladder)
+        if not self._next:
+            return
+        if (kept := self._engine.kept()) is not None:
+            self._begin(kept)
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._count >= self._next)
@@ -66,3 +75,14 @@ class Refiner:
                 logger.exception("the ladder could not be refined")
             else:
                 logger.info("the ladder after %d inputs: %s", self._count, found or "as before")
+
+    def _begin(self, ladder: Ladder) -> None:
+        """Bring up a ladder that is known beforehand, unless it is the engine's."""
+        if self._closed or ladder is self._engine.ladder:
+            return
+        try:
+            switch(self._engine, ladder)
+        except Exception:  # As above: those shapes that there are serve on.
+            logger.exception("the ladder %s could not be brought up", ladder)
+        else:
+            logger.info("the ladder to begin with: %s", ladder)

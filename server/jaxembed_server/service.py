@@ -104,7 +104,7 @@ class Service:
         metrics.watch(
             queued=lambda: self._batcher.queued_tokens if self._batcher else 0,
             ready=lambda: float(self.state is State.READY),
-            buckets=lambda: self.warmed,
+            buckets=lambda: len(self._loaded.engine.compiled) if self._loaded else self.warmed,
         )
 
     @property
@@ -129,7 +129,7 @@ class Service:
         self._batcher = Batcher(
             self._loaded.engine, max_queue_tokens=self.config.max_queue_tokens, observer=self.metrics.batch
         )
-        self._refiner = Refiner(self._loaded.engine, after=self.config.refine_after)
+        self._refiner = Refiner(self._loaded.engine, self._loaded.ladder, after=self.config.refine_after)
         self.created = int(time.time())
         if self.state is not State.DRAINING:
             self.state = State.READY

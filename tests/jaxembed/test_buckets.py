@@ -214,3 +214,9 @@ def test_pack_refuses_what_does_not_fit() -> None:
         pack(Bucket(1, 8), [row, row])
     with pytest.raises(BucketError, match="1 rows of up to 5 tokens do not fit the bucket 2x4"):
         pack(Bucket(2, 4), [row])
+
+
+def test_the_smallest_shapes_take_whatever_the_ladder_takes() -> None:
+    """One of each length, the one with the fewest rows."""
+    ladder = Ladder([Bucket(1, 8), Bucket(4, 8), Bucket(2, 16), Bucket(8, 16), Bucket(4, 32)])
+    assert ladder.smallest().buckets == (Bucket(1, 8), Bucket(2, 16), Bucket(4, 32))

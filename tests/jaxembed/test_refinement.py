@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,8 +10,11 @@ import pytest
 
 from jaxembed import Bucket, Embedder, Ladder, make_mesh
 from jaxembed.buckets import Row, pack
+from jaxembed.engine import Engine
 from jaxembed.errors import BucketError
+from jaxembed.loading import load
 from jaxembed.refinement import WORTH, Cost, Histogram, Timing, choose_lengths, fit_cost, refine
+from jaxembed.warmup import use_cache
 
 COST = Cost(call=0.003, token=5e-5, pair=5e-8)
 
@@ -79,6 +83,25 @@ def test_a_real_engine_changes_its_ladder(tiny_folder: str) -> None:
     np.testing.assert_allclose(embedder.encode(texts), before, atol=1e-6)
     np.testing.assert_allclose(engine.run(planned)[0], before[0], atol=1e-6)
     assert embedder.refine(texts) is new
+
+
+def test_what_was_chosen_is_kept(tiny_folder: str, cache: Path) -> None:
+    """For an engine of the same model and batch size, and for no other."""
+
+    def engine(tokens: int = 128, dtype: str = "float32") -> Engine:
+        model = load(tiny_folder, mesh=make_mesh(jax.devices()[:1]), dtype=dtype)
+        return Engine(model, max_batch_tokens=tokens)
+
+    first = engine()
+    assert first.kept() is None
+    first.keep(Ladder([Bucket(2, 8), Bucket(1, 32)]))
+    kept = engine().kept()
+    assert kept is not None and kept.buckets == (Bucket(2, 8), Bucket(1, 32))
+    assert engine(tokens=64).kept() is None
+    assert engine(dtype="bfloat16").kept() is None
+    use_cache(None)
+    first.keep(kept)
+    assert first.kept() is None
 
 
 def test_what_is_not_compiled_is_not_adopted(tiny_folder: str) -> None:

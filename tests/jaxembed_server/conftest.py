@@ -9,18 +9,18 @@ from servers import Server
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def server_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Executables of the servers of a session: the second one starts faster."""
     return tmp_path_factory.mktemp("server-cache")
 
 
 @pytest.fixture
-def start(cache: Path) -> Iterator[Callable[..., Server]]:
+def start(server_cache: Path) -> Iterator[Callable[..., Server]]:
     """Starts servers, and ends those that a test leaves."""
     servers = []
 
     def begin(*flags: str, **environment: str) -> Server:
-        servers.append(Server("--cache-dir", str(cache), *flags, **environment))
+        servers.append(Server("--cache-dir", str(server_cache), *flags, **environment))
         return servers[-1]
 
     yield begin
@@ -29,9 +29,9 @@ def start(cache: Path) -> Iterator[Callable[..., Server]]:
 
 
 @pytest.fixture(scope="session")
-def server(cache: Path) -> Iterator[Server]:
+def server(server_cache: Path) -> Iterator[Server]:
     """The default model, served; shared by the session."""
-    running = Server("--cache-dir", str(cache))
+    running = Server("--cache-dir", str(server_cache))
     try:
         yield running.wait_until_ready()
     finally:

@@ -49,6 +49,13 @@ class FakeEngine:
         self.failure: Exception | None = None
         self.spoil: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]] = lambda vectors: vectors
 
+    @property
+    def compiled(self) -> frozenset[Bucket]:
+        return frozenset(self.ladder.buckets)
+
+    def kept(self) -> Ladder | None:
+        return None
+
     def run(self, batch: Batch) -> npt.NDArray[np.float32]:
         self.batches.append(batch)
         self.started.set()

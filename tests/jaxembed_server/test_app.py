@@ -346,7 +346,7 @@ def test_operations_routes() -> None:
             "jaxembed_batch_rows_sum 2.0",
             "jaxembed_queue_tokens 0.0",
             "jaxembed_ready 1.0",
-            "jaxembed_compiled_buckets 2.0",
+            "jaxembed_compiled_buckets 6.0",
         ):
             assert line in metrics
 

@@ -22,8 +22,9 @@ class Engine(FakeEngine):
     def __init__(self) -> None:
         super().__init__(Ladder([Bucket(1, 16), Bucket(4, 16)]))
         self.max_batch_tokens, self.batch_multiple = 64, 1
-        self.compiled: list[Bucket] = []
+        self.made: list[Bucket] = []
         self.broken = False
+        self.chosen: Ladder | None = None
 
     def time(self, bucket: Bucket) -> float:
         return bucket.tokens / 1e6
@@ -33,10 +34,16 @@ class Engine(FakeEngine):
     def compile(self, bucket: Bucket) -> None:
         if self.broken:
             raise RuntimeError("no compiler today")
-        self.compiled.append(bucket)
+        self.made.append(bucket)
 
     def adopt(self, ladder: Ladder) -> None:
         self.ladder = ladder
+
+    def keep(self, ladder: Ladder) -> None:
+        self.chosen = ladder
+
+    def kept(self) -> Ladder | None:
+        return self.chosen
 
 
 def eventually(condition: Callable[[], bool]) -> None:
@@ -53,11 +60,38 @@ def test_shapes_follow_what_comes() -> None:
     old = engine.ladder
     refiner = Refiner(engine, after=10)
     refiner.saw([3] * 9)
-    assert engine.ladder is old and not engine.compiled
+    assert engine.ladder is old and not engine.made
     refiner.saw([4])
     eventually(lambda: engine.ladder is not old)
     assert {bucket.seq_len for bucket in engine.ladder.buckets} == {4, 16}
-    assert set(engine.compiled) == set(engine.ladder.buckets)
+    assert set(engine.made) == set(engine.ladder.buckets)
+    eventually(lambda: engine.chosen is engine.ladder)
+    refiner.close()
+
+
+@pytest.mark.parametrize("after", [0, 5])
+def test_what_was_left_out_comes_at_once(after: int) -> None:
+    """The whole ladder first, and then the one of an earlier run, unless shapes are never to be chosen."""
+    engine = Engine()
+    whole, engine.chosen = Ladder([*engine.ladder.buckets, Bucket(4, 8)]), Ladder([Bucket(2, 4), Bucket(2, 16)])
+    refiner = Refiner(engine, whole, after=after)
+    wanted = engine.chosen if after else whole
+    eventually(lambda: engine.ladder is wanted)
+    assert engine.made == [*whole.buckets, *(wanted.buckets if after else ())]
+    refiner.close()
+
+
+def test_a_ladder_that_does_not_come_up_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    """The part that is there serves on, and the looks go on."""
+    engine = Engine()
+    part, engine.broken = engine.ladder, True
+    with caplog.at_level(logging.ERROR):
+        refiner = Refiner(engine, Ladder([Bucket(4, 8), Bucket(4, 16)]), after=1)
+        eventually(lambda: "could not be brought up" in caplog.text)
+    assert engine.ladder is part
+    engine.broken = False
+    refiner.saw([3] * 20)
+    eventually(lambda: engine.ladder is not part)
     refiner.close()
 
 
