@@ -129,8 +129,6 @@ class Served:
 
 def serve(port: int) -> int:
     """The server as it is, with the default model's tokenizer and an engine that computes nothing."""
-    import functools
-
     import numpy as np
     import numpy.typing as npt
 
@@ -161,11 +159,10 @@ def serve(port: int) -> int:
         tokenizer = Tokenizer.from_folder(checkpoint.folder, vocab_size=30522, max_length=256)
         return Loaded(checkpoint, tokenizer, Ready(), Matryoshka(384, (), False))  # type: ignore[arg-type]
 
-    cli.create_app = functools.partial(cli.create_app, loader=load)
     config = ServerConfig(port=port, refine_after=0)
     make = cli.event_loop()
     with asyncio.Runner(loop_factory=make) as runner:
-        return runner.run(cli.run(config))
+        return runner.run(cli.run(config, load))
 
 
 if __name__ == "__main__":
