@@ -1,8 +1,7 @@
 """A ladder from what really comes: its lengths by exact dynamic programming over a histogram. Knows no JAX.
 
 A small ladder is ready in seconds and pads much. Once enough inputs have been seen, the lengths are chosen again so
-that their cost is least, their shapes are compiled beside the work, and the ladder is swapped. It is kept in the cache,
-if there is one, and the next start need not wait for as many inputs.
+that their cost is least, their shapes are compiled beside the work, and the ladder is swapped.
 """
 
 import threading
@@ -141,12 +140,6 @@ class Refinable(Protocol):
     def adopt(self, ladder: Ladder) -> None:
         """Plan by another ladder from now on."""
 
-    def keep(self, ladder: Ladder) -> None:
-        """Keep a ladder for the next start."""
-
-    def kept(self) -> Ladder | None:
-        """The ladder that was kept last."""
-
 
 def refine(engine: Refinable, counts: npt.NDArray[np.int64]) -> Ladder | None:
     """Choose shapes for inputs like these, compile them, and only then have the engine plan by them.
@@ -175,7 +168,6 @@ def refine(engine: Refinable, counts: npt.NDArray[np.int64]) -> Ladder | None:
     if after > (1 - GAIN) * before:
         return None
     switch(engine, new)
-    engine.keep(new)
     return new
 
 

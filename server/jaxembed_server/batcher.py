@@ -208,8 +208,7 @@ class Batcher:
             self._queued_tokens += job.tokens
             self._jobs.add(job)
             self._idle.clear()
-            if self._takes:
-                self._work_came.notify()
+            self._wake()
 
     def _leave(self, job: Job) -> None:
         """The request is over, however it ended."""
@@ -250,8 +249,7 @@ class Batcher:
             finally:
                 with self._lock:
                     self._taken -= not beside
-                    if self._takes:
-                        self._work_came.notify()
+                    self._wake()
 
     def _take(self) -> Taken | None:
         """The next batch's rows; waits for work. None when the batcher is closed."""
@@ -261,9 +259,8 @@ class Batcher:
                 self._queue.ladder = self._engine.ladder
                 if (taken := self._next()) is not None:
                     self._taken += not taken.beside
-                    if self._takes:
-                        # What is left may fill a batch for another thread.
-                        self._work_came.notify()
+                    # What is left may fill a batch for another thread.
+                    self._wake()
                     return taken
                 self._work_came.wait()
             return None
@@ -273,10 +270,10 @@ class Batcher:
         """Whether a batch should be made that waits for its turn: the first, or one ahead if it would be full."""
         return not self._taken or (self._queue.full and self._taken <= self._engine.max_in_flight)
 
-    @property
-    def _takes(self) -> bool:
-        """Whether a thread that is free may find something to do: only then is one woken."""
-        return bool(self._queue) and (self._ordinary or self._long > 0)
+    def _wake(self) -> None:
+        """Wake a thread that is free, if it may find something to do."""
+        if self._queue and (self._ordinary or self._long):
+            self._work_came.notify()
 
     def _next(self) -> Taken | None:
         """A batch that a free thread should make now; None if it should wait."""
@@ -307,9 +304,8 @@ class Batcher:
             self._running += 1
             self._long += taken.long
             self._queue.ran(rows, len(self._jobs))
-            if self._takes:
-                # Short requests that wait may run beside this one.
-                self._work_came.notify()
+            # Short requests that wait may run beside this one.
+            self._wake()
             return True
 
     def _end_turn(self, taken: Taken) -> None:

@@ -9,10 +9,9 @@ from jaxembed.buckets import Ladder
 from jaxembed.checkpoint import Checkpoint
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.matryoshka import Matryoshka, Policy
-from jaxembed.refinement import Refinable
 from jaxembed.tokenizer import Tokenizer
 from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION, Bucket
-from jaxembed_server.batcher import Engine
+from jaxembed_server import batcher, refiner
 from jaxembed_server.config import ServerConfig
 
 __all__ = ["Loaded", "Loader", "Progress", "load_model"]
@@ -20,7 +19,7 @@ __all__ = ["Loaded", "Loader", "Progress", "load_model"]
 logger = logging.getLogger(__name__)
 
 
-class ServedEngine(Engine, Refinable, Protocol):
+class ServedEngine(batcher.Engine, refiner.Engine, Protocol):
     """What serving needs of an engine."""
 
     @property

@@ -8,16 +8,27 @@ are swapped in when all of them are there: no request waits for that, and a fail
 import logging
 import threading
 from collections.abc import Iterable
+from typing import Protocol
 
 from jaxembed.buckets import Ladder
 from jaxembed.refinement import Histogram, Refinable, refine, switch
 
-__all__ = ["Refiner"]
+__all__ = ["Engine", "Refiner"]
 
 logger = logging.getLogger(__name__)
 
 AGAIN = 10
 """The next look comes after so many times as many inputs: what comes later changes the picture less and less."""
+
+
+class Engine(Refinable, Protocol):
+    """An engine that remembers a ladder from start to start; see `jaxembed.engine.Engine`."""
+
+    def keep(self, ladder: Ladder) -> None:
+        """Keep a ladder for the next start."""
+
+    def kept(self) -> Ladder | None:
+        """The ladder that was kept last."""
 
 
 class Refiner:
@@ -29,7 +40,7 @@ class Refiner:
         after: inputs before the first look; 0 never looks, nor at what an earlier run chose.
     """
 
-    def __init__(self, engine: Refinable, ladder: Ladder | None = None, *, after: int) -> None:
+    def __init__(self, engine: Engine, ladder: Ladder | None = None, *, after: int) -> None:
         self._engine = engine
         self._ladder = ladder or engine.ladder
         self._seen = Histogram(engine.ladder.max_length)
@@ -71,6 +82,8 @@ class Refiner:
                 self._next = self._count * AGAIN
             try:
                 found = refine(self._engine, self._seen.counts)
+                if found is not None:
+                    self._engine.keep(found)
             except Exception:  # Whatever a compiler raises: the old ladder serves on.
                 logger.exception("the ladder could not be refined")
             else:
@@ -82,7 +95,7 @@ class Refiner:
             return
         try:
             switch(self._engine, ladder)
-        except Exception:  # As above: those shapes that there are serve on.
+        except Exception:  # Whatever a compiler raises: the shapes that are there serve on.
             logger.exception("the ladder %s could not be brought up", ladder)
         else:
             logger.info("the ladder to begin with: %s", ladder)
