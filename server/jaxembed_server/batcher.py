@@ -31,9 +31,12 @@ from jaxembed.types import Batch, Bucket, Encoding
 from jaxembed_server.errors import NotReadyError, QueueFullError
 from jaxembed_server.fair_queue import FairQueue, Flow, Waiting
 
-__all__ = ["Batcher", "Engine", "Observer"]
+__all__ = ["DEVICE_THREAD", "Batcher", "Engine", "Observer"]
 
 logger = logging.getLogger(__name__)
+
+DEVICE_THREAD = "device-"
+"""What their names begin with."""
 
 FADING = 0.95
 """What is left of a batch's weight in the measured drain rate when the next one has run."""
@@ -129,7 +132,7 @@ class Batcher:
         self._idle = asyncio.Event()
         self._idle.set()
         self._threads = [
-            threading.Thread(target=self._work, name=f"device-{i}", daemon=True)
+            threading.Thread(target=self._work, name=f"{DEVICE_THREAD}{i}", daemon=True)
             for i in range(engine.max_in_flight + 2)
         ]
         for thread in self._threads:

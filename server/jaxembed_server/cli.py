@@ -21,9 +21,11 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from jaxembed_server.app import create_app, service_of
+from jaxembed_server.batcher import DEVICE_THREAD
 from jaxembed_server.config import ENV_PREFIX, ConfigError, ServerConfig, from_sources
 from jaxembed_server.metrics import Metrics
 from jaxembed_server.model import Loader, load_model
+from jaxembed_server.refiner import REFINER_THREAD
 from jaxembed_server.service import LOADER_THREAD, Service, State
 from jaxembed_server.supervisor import ProcessError, Supervisor, listening_sockets
 
@@ -31,6 +33,12 @@ __all__ = ["main", "parser", "run"]
 
 BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 75.0
+
+AT_WORK = (LOADER_THREAD, REFINER_THREAD, DEVICE_THREAD)
+"""How the names of the threads begin that may be at work in XLA when the server ends."""
+
+GRACE = 0.1
+"""Seconds that each of them has to end by itself: one that only waited does."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -83,10 +91,15 @@ def main(argv: Sequence[str] | None = None, loader: Loader = load_model) -> int:
         print(f"jaxembed: {error}", file=sys.stderr)
         return 2
     log_to_stderr(config)
+    earlier = set(threading.enumerate())
     with asyncio.Runner(loop_factory=event_loop()) as runner:
         status = runner.run(run(config, loader))
-    if any(thread.name == LOADER_THREAD for thread in threading.enumerate()):
-        # Stopped while loading: compilations cannot be interrupted, and nobody waits for them any more.
+    at_work = [one for one in threading.enumerate() if one.name.startswith(AT_WORK) and one not in earlier]
+    for thread in at_work:
+        thread.join(GRACE)
+    if any(thread.is_alive() for thread in at_work):
+        # What they do in XLA cannot be interrupted, and nobody waits for it any more. Were the interpreter to end
+        # beside them, it would abort.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -13,9 +13,11 @@ from typing import Protocol
 from jaxembed.buckets import Ladder
 from jaxembed.refinement import Histogram, Refinable, refine, switch
 
-__all__ = ["Engine", "Refiner"]
+__all__ = ["REFINER_THREAD", "Engine", "Refiner"]
 
 logger = logging.getLogger(__name__)
+
+REFINER_THREAD = "refine-ladder"
 
 AGAIN = 10
 """The next look comes after so many times as many inputs: what comes later changes the picture less and less."""
@@ -49,7 +51,7 @@ class Refiner:
         self._changed = threading.Condition()
         self._closed = False
         if after or engine.ladder is not self._ladder:
-            threading.Thread(target=self._work, name="refine-ladder", daemon=True).start()
+            threading.Thread(target=self._work, name=REFINER_THREAD, daemon=True).start()
 
     def saw(self, lengths: Iterable[int]) -> None:
         """Count inputs. Safe to call from any thread."""

@@ -152,6 +152,11 @@ def test_sigterm_finishes_the_work_in_flight(start: Callable[..., Server]) -> No
     assert "Traceback" not in server.output
 
 
+def test_a_stop_while_shapes_come_is_a_stop(server: Server, start: Callable[..., Server]) -> None:
+    """With the cache filled, most shapes are loaded after the server is ready."""
+    assert start().wait_until_ready().stop() == 0
+
+
 def test_a_stop_while_loading_is_a_stop(start: Callable[..., Server]) -> None:
     server = start("--max-batch-tokens", "777")
     server.wait_until(lambda: "loading" in server.output)
