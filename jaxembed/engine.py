@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import jax
 import jax.numpy as jnp
@@ -78,14 +79,18 @@ class Engine:
             max_batch_tokens = MAX_BATCH_TOKENS.get(self.platform, OTHER_BATCH_TOKENS)
         self.batch_multiple = devices
         self.max_batch_tokens = max_batch_tokens * devices
-        self._locks: dict[Bucket, threading.Lock] = {}
+        # A ladder holds its executables, and nothing else does: with the last who plans by it, they go. Who changes these
+        # holds the lock.
+        self._lock = threading.Lock()
+        self._held: WeakKeyDictionary[Ladder, dict[Bucket, Any]] = WeakKeyDictionary()
+        self._executables: WeakValueDictionary[Bucket, Any] = WeakValueDictionary()
+        self._compiling: dict[Bucket, threading.Lock] = {}
         self.ladder = ladder or Ladder.default(
             max_length=model.max_length, max_batch_tokens=self.max_batch_tokens, batch_multiple=devices
         )
         self.allow(self.ladder)
         # On CPU one execution uses every core; elsewhere a second one waits on the device while the first runs.
         self.max_in_flight = 1 if self.platform == "cpu" else 2
-        self._executables: dict[Bucket, Any] = {}
 
     @property
     def dimension(self) -> int:
@@ -95,10 +100,12 @@ class Engine:
     @property
     def compiled(self) -> frozenset[Bucket]:
         """The buckets that are ready."""
-        return frozenset(self._executables)
+        return frozenset(self._executables.keys())
 
     def allow(self, ladder: Ladder) -> None:
         """Let the shapes of another ladder be compiled; `ladder` stays what it is until `adopt`.
+
+        They are kept for as long as somebody refers to that ladder object.
 
         Raises:
             BucketError: a batch size does not divide over the devices.
@@ -106,16 +113,25 @@ class Engine:
         bad = [bucket for bucket in ladder.buckets if bucket.batch_size % self.batch_multiple]
         if bad:
             raise BucketError(f"the bucket {bad[0]} does not divide over {self.batch_multiple} devices")
-        for bucket in ladder.buckets:
-            self._locks.setdefault(bucket, threading.Lock())
+        with self._lock:
+            held = self._held.setdefault(ladder, {})
+            for bucket in ladder.buckets:
+                self._compiling.setdefault(bucket, threading.Lock())
+                executable = self._executables.get(bucket)
+                if executable is not None:
+                    held[bucket] = executable
 
     def adopt(self, ladder: Ladder) -> None:
-        """Plan by another ladder from now on. Batches planned before still run: executables are kept.
+        """Plan by another ladder from now on.
+
+        Batches that were planned by the old one still run, if whoever planned them has kept a reference to it; once
+        nobody refers to it, executables that only it needs are dropped.
 
         Raises:
             BucketError: a shape of it is not compiled.
         """
-        missing = [bucket for bucket in ladder.buckets if bucket not in self._executables]
+        self.allow(ladder)
+        missing = [bucket for bucket in ladder.buckets if bucket not in self._held[ladder]]
         if missing:
             raise self._unknown(missing[0])
         self.ladder = ladder
@@ -151,19 +167,22 @@ class Engine:
             BucketError: the ladder does not hold this shape.
             Exception: whatever XLA raises when it cannot compile.
         """
-        lock = self._locks.get(bucket)
-        if lock is None:
+        if not self._allowed(bucket):
             raise self._unknown(bucket)
         start = time.perf_counter()
         cached = True
-        with lock:
+        with self._compiling[bucket]:
             if bucket not in self._executables:
                 executable, cached = load_or_compile(
                     cache.current(), self.model, self.output, bucket, lambda: self._lower(bucket).compile()
                 )
                 # The first run of an executable allocates and is slow: it happens here, not on a request.
                 jax.block_until_ready(executable(self.model.leaves, *self._arguments(empty(bucket))))
-                self._executables[bucket] = executable
+                with self._lock:
+                    self._executables[bucket] = executable
+                    for ladder, held in self._held.items():
+                        if bucket in ladder.buckets:
+                            held[bucket] = executable
         return Compiled(bucket, time.perf_counter() - start, cached)
 
     def run(self, batch: Batch) -> npt.NDArray[np.float32]:
@@ -196,9 +215,13 @@ class Engine:
         return np.asarray(result)[: batch.rows]
 
     def _unknown(self, bucket: Bucket) -> BucketError:
-        if bucket in self._locks:
+        if self._allowed(bucket):
             return BucketError(f"the bucket {bucket} is on the ladder but was not compiled: run the warm-up first")
         return BucketError(f"the bucket {bucket} is not on the ladder {self.ladder}")
+
+    def _allowed(self, bucket: Bucket) -> bool:
+        with self._lock:
+            return any(bucket in ladder.buckets for ladder in self._held)
 
     def _arguments(self, batch: Batch) -> tuple[npt.NDArray[Any], ...]:
         return (

@@ -64,7 +64,8 @@ class Runner:
         self.model = model
         self.tokenizer = tokenizer
         self._engines = {engine.output: engine}
-        self._ladder = engine.ladder
+        # Not the ladder itself: a reference to it keeps its executables (`Engine.adopt`).
+        self._buckets = engine.ladder.buckets
 
     def engine(self, output: Output) -> Engine:
         """The engine of an output.
@@ -83,7 +84,7 @@ class Runner:
                 raise PickledCheckpointError(pickled)
             given = " and ".join(OFFERED[one] for one in Output if one in self.model.outputs) or "nothing"
             raise UnsupportedModelError(f"this model does not give {OFFERED[output]}; it gives {given}")
-        return self._engines.setdefault(output, Engine(self.model, self._ladder, output=output))
+        return self._engines.setdefault(output, Engine(self.model, Ladder(self._buckets), output=output))
 
     def refine(self, output: Output, encodings: Sequence[Encoding]) -> Ladder:
         """Choose and compile shapes for inputs like these, and plan by them from now on, if that pays.
@@ -125,7 +126,9 @@ class Runner:
         engine = self.engine(output)
         for start, encodings in windows(items, tokenize):
             waiting: list[tuple[jax.Array, Any]] = []
-            for plan in engine.ladder.plan([len(one) for one in encodings]):
+            # Referred to until its batches have run (`Engine.adopt`).
+            ladder = engine.ladder
+            for plan in ladder.plan([len(one) for one in encodings]):
                 batch = pack(plan.bucket, [Row(encodings[item], dimensions, normalize, item) for item in plan.items])
                 engine.compile(batch.bucket)
                 # On accelerators one batch is dispatched ahead.

@@ -17,6 +17,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 from tqdm import tqdm
 
+from jaxembed import memory
 from jaxembed.buckets import Ladder
 from jaxembed.cache import switch
 from jaxembed.checkpoint import DEFAULT_MODEL
@@ -106,6 +107,7 @@ def warm(
                 progress(done[bucket])
     if failures:
         raise CompileError(failures)
+    memory.give_back()
     return Report(tuple(done[bucket] for bucket in buckets), time.perf_counter() - start)
 
 

@@ -89,12 +89,14 @@ class Taken(NamedTuple):
         rows: what goes into it.
         beside: it is of short requests and runs at once, beside a batch of long ones.
         long: it has rows of a long request.
+        ladder: what it was planned by; the engine keeps its shapes while it is referred to.
     """
 
     bucket: Bucket
     rows: Rows
     beside: bool
     long: bool
+    ladder: Ladder
 
 
 class Batcher:
@@ -227,32 +229,43 @@ class Batcher:
     # In the device threads.
 
     def _work(self) -> None:
-        while (taken := self._take()) is not None:
-            bucket, rows, beside, _ = taken
+        while self._work_once():
+            pass
+
+    def _work_once(self) -> bool:
+        """Wait for a batch and run it. False when the batcher is closed.
+
+        Its own function, so that a thread that waits refers to nothing of what it has run.
+        """
+        taken = self._take()
+        if taken is None:
+            return False
+        rows, beside = taken.rows, taken.beside
+        try:
+            batch = pack(
+                taken.bucket,
+                [Row(row.encoding, row.flow.dimensions, row.flow.normalize, i) for i, row in enumerate(rows)],
+            )
+            if not beside and not self._await_turn(taken):
+                return True
+            start = time.perf_counter()
             try:
-                batch = pack(
-                    bucket,
-                    [Row(row.encoding, row.flow.dimensions, row.flow.normalize, i) for i, row in enumerate(rows)],
-                )
-                if not beside and not self._await_turn(taken):
-                    continue
-                start = time.perf_counter()
-                try:
-                    vectors = self._engine.run(batch)
-                finally:
-                    if not beside:
-                        self._end_turn(taken)
-                seconds = time.perf_counter() - start
-                self._measure(batch, seconds)
-                self._deliver(batch, rows, vectors)
-            except Exception as error:
-                # Whatever went wrong, its callers must hear of it; the next batch is another matter.
-                logger.exception("a batch of the bucket %s failed", bucket)
-                self._fail({row.flow for row in rows}, error)
+                vectors = self._engine.run(batch)
             finally:
-                with self._lock:
-                    self._taken -= not beside
-                    self._wake()
+                if not beside:
+                    self._end_turn(taken)
+            seconds = time.perf_counter() - start
+            self._measure(batch, seconds)
+            self._deliver(batch, rows, vectors)
+        except Exception as error:
+            # Whatever went wrong, its callers must hear of it; the next batch is another matter.
+            logger.exception("a batch of the bucket %s failed", taken.bucket)
+            self._fail({row.flow for row in rows}, error)
+        finally:
+            with self._lock:
+                self._taken -= not beside
+                self._wake()
+        return True
 
     def _take(self) -> Taken | None:
         """The next batch's rows; waits for work. None when the batcher is closed."""
@@ -282,9 +295,10 @@ class Batcher:
         """A batch that a free thread should make now; None if it should wait."""
         if self._long and (short := self._queue.take_short()) is not None:
             self._queue.ran(short[1], len(self._jobs))
-            return Taken(*short, beside=True, long=False)
+            return Taken(*short, beside=True, long=False, ladder=self._queue.ladder)
         if self._ordinary and (most := self._queue.take()) is not None:
-            return Taken(*most, beside=False, long=not all(self._queue.short(row.flow) for row in most[1]))
+            long = not all(self._queue.short(row.flow) for row in most[1])
+            return Taken(*most, beside=False, long=long, ladder=self._queue.ladder)
         return None
 
     def _await_turn(self, taken: Taken) -> bool:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from jaxembed.buckets import Ladder
 from jaxembed.checkpoint import Checkpoint
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.matryoshka import Matryoshka, Policy
@@ -37,8 +36,8 @@ class Loaded:
     matryoshka: Matryoshka
     tasks: Sequence[str] = ()
     """Among which an input may choose, in the order of their numbers."""
-    ladder: Ladder | None = None
-    """What the engine is to have soon, where it has only a part yet."""
+    buckets: Sequence[Bucket] = ()
+    """The shapes that the engine is to have soon, where it has only a part yet."""
 
 
 Progress = Callable[[int, int], None]
@@ -90,7 +89,7 @@ def load_model(config: ServerConfig, progress: Progress) -> Loaded:
         policy=Policy(config.matryoshka),
         override=config.matryoshka_dimensions,
     )
-    return Loaded(checkpoint, embedder.tokenizer, engine, matryoshka, embedder.model.tasks, ladder)
+    return Loaded(checkpoint, embedder.tokenizer, engine, matryoshka, embedder.model.tasks, ladder.buckets)
 
 
 def choose_route(checkpoint: Checkpoint, route: str | None) -> Checkpoint:

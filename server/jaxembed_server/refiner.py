@@ -3,21 +3,28 @@
 The server starts with few shapes and is ready soon. First come those that it left out because the cache has them, then
 those that an earlier run chose. After so many inputs the shapes are chosen by the lengths that came, and compiled. They
 are swapped in when all of them are there: no request waits for that, and a failure leaves everything as it was.
+
+No ladder is held here: the engine drops what nobody plans by any more (`jaxembed.engine.Engine.adopt`).
 """
 
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+from jaxembed import memory
 from jaxembed.buckets import Ladder
 from jaxembed.refinement import Histogram, Refinable, refine, switch
+from jaxembed.types import Bucket
 
 __all__ = ["REFINER_THREAD", "Engine", "Refiner"]
 
 logger = logging.getLogger(__name__)
 
 REFINER_THREAD = "refine-ladder"
+
+SETTLING = 2.0
+"""Seconds after which batches planned by the shapes before should have run."""
 
 AGAIN = 10
 """The next look comes after so many times as many inputs: what comes later changes the picture less and less."""
@@ -38,19 +45,19 @@ class Refiner:
 
     Args:
         engine: its ladder is refined.
-        ladder: the one to begin with, where the engine has only a part of it.
+        buckets: the shapes to begin with, where the engine has only a part of them.
         after: inputs before the first look; 0 never looks, nor at what an earlier run chose.
     """
 
-    def __init__(self, engine: Engine, ladder: Ladder | None = None, *, after: int) -> None:
+    def __init__(self, engine: Engine, buckets: Sequence[Bucket] = (), *, after: int) -> None:
         self._engine = engine
-        self._ladder = ladder or engine.ladder
+        self._buckets = buckets or engine.ladder.buckets
         self._seen = Histogram(engine.ladder.max_length)
         self._count = 0
         self._next = after
         self._changed = threading.Condition()
         self._closed = False
-        if after or engine.ladder is not self._ladder:
+        if after or set(self._buckets) != set(engine.ladder.buckets):
             threading.Thread(target=self._work, name=REFINER_THREAD, daemon=True).start()
 
     def saw(self, lengths: Iterable[int]) -> None:
@@ -71,33 +78,44 @@ class Refiner:
             self._changed.notify()
 
     def _work(self) -> None:
-        self._begin(self._ladder)
-        if not self._next:
-            return
-        if (kept := self._engine.kept()) is not None:
-            self._begin(kept)
-        while True:
+        self._begin(self._buckets)
+        if self._next and (kept := self._engine.kept()) is not None:
+            self._begin(kept.buckets)
+        self._tidy()
+        while self._next:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._count >= self._next)
                 if self._closed:
                     return
                 self._next = self._count * AGAIN
-            try:
-                found = refine(self._engine, self._seen.counts)
-                if found is not None:
-                    self._engine.keep(found)
-            except Exception:  # Whatever a compiler raises: the old ladder serves on.
-                logger.exception("the ladder could not be refined")
-            else:
-                logger.info("the ladder after %d inputs: %s", self._count, found or "as before")
+            self._refine()
+            self._tidy()
 
-    def _begin(self, ladder: Ladder) -> None:
-        """Bring up a ladder that is known beforehand, unless it is the engine's."""
-        if self._closed or ladder is self._engine.ladder:
+    def _refine(self) -> None:
+        """Choose shapes by what came."""
+        try:
+            found = refine(self._engine, self._seen.counts)
+            if found is not None:
+                self._engine.keep(found)
+        except Exception:  # Whatever a compiler raises: the old ladder serves on.
+            logger.exception("the ladder could not be refined")
+        else:
+            logger.info("the ladder after %d inputs: %s", self._count, found or "as before")
+
+    def _begin(self, buckets: Sequence[Bucket]) -> None:
+        """Bring up shapes that are known beforehand, unless the engine has them."""
+        if self._closed or set(buckets) == set(self._engine.ladder.buckets):
             return
+        ladder = Ladder(buckets)
         try:
             switch(self._engine, ladder)
         except Exception:  # Whatever a compiler raises: the shapes that are there serve on.
             logger.exception("the ladder %s could not be brought up", ladder)
         else:
             logger.info("the ladder to begin with: %s", ladder)
+
+    def _tidy(self) -> None:
+        """Give back the memory of compilations, and of the shapes before once nobody runs them."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed, SETTLING)
+        memory.give_back()

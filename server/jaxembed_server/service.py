@@ -129,7 +129,7 @@ class Service:
         self._batcher = Batcher(
             self._loaded.engine, max_queue_tokens=self.config.max_queue_tokens, observer=self.metrics.batch
         )
-        self._refiner = Refiner(self._loaded.engine, self._loaded.ladder, after=self.config.refine_after)
+        self._refiner = Refiner(self._loaded.engine, self._loaded.buckets, after=self.config.refine_after)
         self.created = int(time.time())
         if self.state is not State.DRAINING:
             self.state = State.READY

@@ -10,10 +10,12 @@ import pytest
 
 from jaxembed import Bucket, Embedder, Ladder, make_mesh
 from jaxembed.buckets import Row, pack
-from jaxembed.engine import Engine
+from jaxembed.engine import Engine, full
 from jaxembed.errors import BucketError
 from jaxembed.loading import load
 from jaxembed.refinement import WORTH, Cost, Histogram, Timing, choose_lengths, fit_cost, refine
+from jaxembed.runner import Runner
+from jaxembed.types import Output
 from jaxembed.warmup import use_cache
 
 COST = Cost(call=0.003, token=5e-5, pair=5e-8)
@@ -83,6 +85,49 @@ def test_a_real_engine_changes_its_ladder(tiny_folder: str) -> None:
     np.testing.assert_allclose(embedder.encode(texts), before, atol=1e-6)
     np.testing.assert_allclose(engine.run(planned)[0], before[0], atol=1e-6)
     assert embedder.refine(texts) is new
+
+
+def test_shapes_that_nobody_plans_by_are_dropped(tiny_folder: str) -> None:
+    """A batch that was planned by the ladder before still runs, for as long as that ladder is referred to."""
+    embedder = Embedder.from_pretrained(tiny_folder, mesh=make_mesh(jax.devices()[:1]), max_batch_tokens=128)
+    engine, old = embedder.engine, embedder.engine.ladder
+    for bucket in old.buckets:
+        engine.compile(bucket)
+    new = Ladder([old.buckets[0], Bucket(2, 32)])
+    with pytest.raises(BucketError, match="not on the ladder"):
+        engine.compile(Bucket(2, 32))
+    engine.allow(new)
+    engine.compile(Bucket(2, 32))
+    engine.adopt(new)
+    assert engine.compiled == {*old.buckets, *new.buckets}
+    assert engine.run(full(old.buckets[-1])).shape == (old.buckets[-1].batch_size, 16)
+    left = old.buckets[-1]
+    del old
+    assert engine.compiled == set(new.buckets)
+    with pytest.raises(BucketError, match="not on the ladder"):
+        engine.run(full(left))
+    assert engine.run(full(new.buckets[0])).shape == (1, 16)
+
+
+def test_a_call_under_way_keeps_its_shapes(tiny_folder: str) -> None:
+    """Vectors that are still being fetched from an iterator do not notice a swap of the ladder."""
+    embedder = Embedder.from_pretrained(tiny_folder, mesh=make_mesh(jax.devices()[:1]), max_batch_tokens=64)
+    texts = ["a b c", "a " * 25, "a b c d e f g h"] * 5
+    want = embedder.encode(texts)
+    engine = embedder.engine
+    runner = Runner(embedder.model, embedder.tokenizer, engine)
+    unit = embedder.model.checkpoint.normalize
+    rows = runner.run(Output.DENSE, texts, embedder.tokenizer.encode_texts, dimensions=16, normalize=unit)
+    got = [next(rows)]
+    engine.allow(new := Ladder([Bucket(1, 32)]))
+    engine.compile(Bucket(1, 32))
+    engine.adopt(new)
+    got.extend(rows)
+    vectors = np.empty_like(want)
+    for one in got:
+        vectors[one.items] = one.rows
+    np.testing.assert_array_equal(vectors, want)
+    assert engine.compiled == {Bucket(1, 32)}
 
 
 def test_what_was_chosen_is_kept(tiny_folder: str, cache: Path) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -74,9 +75,9 @@ def test_what_was_left_out_comes_at_once(after: int) -> None:
     """The whole ladder first, and then the one of an earlier run, unless shapes are never to be chosen."""
     engine = Engine()
     whole, engine.chosen = Ladder([*engine.ladder.buckets, Bucket(4, 8)]), Ladder([Bucket(2, 4), Bucket(2, 16)])
-    refiner = Refiner(engine, whole, after=after)
+    refiner = Refiner(engine, whole.buckets, after=after)
     wanted = engine.chosen if after else whole
-    eventually(lambda: engine.ladder is wanted)
+    eventually(lambda: engine.ladder.buckets == wanted.buckets)
     assert engine.made == [*whole.buckets, *(wanted.buckets if after else ())]
     refiner.close()
 
@@ -86,7 +87,7 @@ def test_a_ladder_that_does_not_come_up_harms_nobody(caplog: pytest.LogCaptureFi
     engine = Engine()
     part, engine.broken = engine.ladder, True
     with caplog.at_level(logging.ERROR):
-        refiner = Refiner(engine, Ladder([Bucket(4, 8), Bucket(4, 16)]), after=1)
+        refiner = Refiner(engine, [Bucket(4, 8), Bucket(4, 16)], after=1)
         eventually(lambda: "could not be brought up" in caplog.text)
     assert engine.ladder is part
     engine.broken = False
@@ -124,6 +125,31 @@ def test_a_closed_one_ends_its_thread() -> None:
     refiner = Refiner(Engine(), after=1)
     refiner.close()
     eventually(lambda: not any(thread.name == "refine-ladder" for thread in threading.enumerate()))
+
+
+@pytest.mark.parametrize("after", [0, 5])
+def test_no_ladder_is_held(after: int) -> None:
+    """One that was left is gone at once, and with it its executables: neither refiner nor batcher keeps it."""
+    engine = Engine()
+    whole = Ladder([*engine.ladder.buckets, Bucket(4, 8)])
+
+    async def swaps() -> None:
+        batcher = Batcher(engine, max_queue_tokens=1000)
+        refiner = Refiner(engine, whole.buckets, after=after)
+        eventually(lambda: engine.ladder.buckets == whole.buckets)
+        await batcher.submit([encoding(1, 2)], dimensions=4, normalize=False)
+        old = weakref.ref(engine.ladder)
+        if after:
+            refiner.saw([3] * 50)
+            eventually(lambda: engine.chosen is engine.ladder)
+        else:
+            engine.ladder = Ladder(whole.buckets)
+        await batcher.submit([encoding(1, 2)], dimensions=4, normalize=False)
+        eventually(lambda: old() is None)
+        refiner.close()
+        batcher.close()
+
+    asyncio.run(swaps())
 
 
 def test_the_batcher_follows_the_engine() -> None:

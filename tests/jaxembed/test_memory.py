@@ -1,0 +1,52 @@
+"""Memory given back to the system, and C libraries that have no call for it."""
+
+import ctypes
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jaxembed import memory
+
+BLOCKS = 2000
+SIZE = 100_000
+"""Too small for a mapping of its own, which would go back at once."""
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """Look the call up again."""
+    memory.malloc_trim.cache_clear()
+    yield
+    memory.malloc_trim.cache_clear()
+
+
+def resident() -> int:
+    """Bytes that the process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the call")
+def test_what_was_freed_goes_back() -> None:
+    """Freed below a block that is still in use, memory stays with glibc until it is told."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    blocks = [libc.malloc(SIZE) for _ in range(BLOCKS)]
+    for block in blocks:
+        ctypes.memset(block, 1, SIZE)
+    last = blocks.pop()
+    for block in blocks:
+        libc.free(block)
+    before = resident()
+    memory.give_back()
+    assert before - resident() > BLOCKS * SIZE / 2
+    libc.free(last)
+
+
+def test_another_c_library_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing happens, and nothing is raised."""
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    assert memory.malloc_trim() is None
+    memory.give_back()
