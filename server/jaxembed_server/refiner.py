@@ -100,7 +100,8 @@ class Refiner:
         except Exception:  # Whatever a compiler raises: the old ladder serves on.
             logger.exception("the ladder could not be refined")
         else:
-            logger.info("the ladder after %d inputs: %s", self._count, found or "as before")
+            # As a string: a record of the log may live long.
+            logger.info("the ladder after %d inputs: %s", self._count, "as before" if found is None else str(found))
 
     def _begin(self, buckets: Sequence[Bucket]) -> None:
         """Bring up shapes that are known beforehand, unless the engine has them."""
@@ -110,9 +111,9 @@ class Refiner:
         try:
             switch(self._engine, ladder)
         except Exception:  # Whatever a compiler raises: the shapes that are there serve on.
-            logger.exception("the ladder %s could not be brought up", ladder)
+            logger.exception("the ladder %s could not be brought up", str(ladder))
         else:
-            logger.info("the ladder to begin with: %s", ladder)
+            logger.info("the ladder to begin with: %s", str(ladder))
 
     def _tidy(self) -> None:
         """Give back the memory of compilations, and of the shapes before once nobody runs them."""
