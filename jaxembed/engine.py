@@ -79,8 +79,8 @@ class Engine:
             max_batch_tokens = MAX_BATCH_TOKENS.get(self.platform, OTHER_BATCH_TOKENS)
         self.batch_multiple = devices
         self.max_batch_tokens = max_batch_tokens * devices
-        # A ladder holds its executables, and nothing else does: with the last who plans by it, they go. Changed with the
-        # lock held.
+        # A ladder holds its executables, and nothing else does: with the last who plans by it, they go. Changed only
+        # with the lock held.
         self._lock = threading.Lock()
         self._held: WeakKeyDictionary[Ladder, dict[Bucket, Any]] = WeakKeyDictionary()
         self._executables: WeakValueDictionary[Bucket, Any] = WeakValueDictionary()
