@@ -2,6 +2,7 @@
 
 import ctypes
 import platform
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def fresh() -> Iterator[None]:
 
 def resident() -> int:
     """Bytes that the process holds."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the call")
