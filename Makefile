@@ -47,8 +47,9 @@ $(VENV)/.bench: pyproject.toml | $(VENV)/.test
 serve: $(VENV)/.serve  ## install and serve the default model at http://127.0.0.1:8000 (ARGS='--port 9000 ...')
 	@exec $(BIN)/jaxembed serve $(ARGS)
 
-test: $(VENV)/.test  ## install and run the tests (ARGS='-k bert')
-	$(BIN)/python -m pytest $(ARGS)
+# A worker a core, but no more than memory has room for; a file's tests share what is costly to make, so they stay together.
+test: $(VENV)/.test  ## install and run the tests (ARGS='-n 0 -k bert')
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 parity: $(VENV)/.test  ## compare every architecture with its original; the figures go into README.md and docs/numerics.md
 	$(BIN)/python tests/parity_report.py
