@@ -8,6 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -61,6 +62,12 @@ class Engine:
         ladder: the shapes there may be; by default `Ladder.default` for the model's length and the platform.
         max_batch_tokens: for the default ladder: tokens per dispatch and device.
         output: what the executables give of each row.
+
+    Attributes:
+        max_in_flight: batches of a server that run at a time. On CPU a short request runs beside one long batch, and
+            behind two it would wait for most of them; elsewhere a second one waits on the device while the first runs.
+        side_by_side: batches of a large job that run at a time, each called from a thread of its own. On CPU one
+            computes while the other's threads wait for each other (docs/performance.md).
     """
 
     def __init__(
@@ -89,8 +96,11 @@ class Engine:
             max_length=model.max_length, max_batch_tokens=self.max_batch_tokens, batch_multiple=devices
         )
         self.allow(self.ladder)
-        # On CPU one execution uses every core; elsewhere a second one waits on the device while the first runs.
         self.max_in_flight = 1 if self.platform == "cpu" else 2
+        several = model.mesh.size > 1
+        self.side_by_side = 1 if several and self.platform == "cpu" else 2
+        # Devices that wait for one another must all get their batches in the same order.
+        self._order: AbstractContextManager[object] = threading.Lock() if several else nullcontext()
 
     @property
     def dimension(self) -> int:
@@ -167,10 +177,12 @@ class Engine:
             BucketError: the ladder does not hold this shape.
             Exception: whatever XLA raises when it cannot compile.
         """
-        if not self._allowed(bucket):
-            raise self._unknown(bucket)
         start = time.perf_counter()
         cached = True
+        if bucket in self._executables:
+            return Compiled(bucket, time.perf_counter() - start, cached)
+        if not self._allowed(bucket):
+            raise self._unknown(bucket)
         with self._compiling[bucket]:
             if bucket not in self._executables:
                 executable, cached = load_or_compile(
@@ -206,7 +218,8 @@ class Engine:
         executable = self._executables.get(batch.bucket)
         if executable is None:
             raise self._unknown(batch.bucket)
-        result: jax.Array = executable(self.model.leaves, *self._arguments(batch))
+        with self._order:
+            result: jax.Array = executable(self.model.leaves, *self._arguments(batch))
         result.copy_to_host_async()
         return result
 

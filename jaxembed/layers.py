@@ -6,6 +6,7 @@ D width, N heads, H head width, F feed-forward, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -247,19 +248,53 @@ def attention(
     q, k, v = split_heads(query, num_heads), split_heads(key, kv_heads), split_heads(value, kv_heads)
     if kv_heads != num_heads:
         k, v = (jnp.repeat(x, num_heads // kv_heads, axis=1) for x in (k, v))
-    scores = matmul("BNTH,BNSH->BNTS", q * (float(q.shape[-1]) ** -0.5 if scale is None else scale), k, dtype)
+    scores = masked_scores(q * (float(q.shape[-1]) ** -0.5 if scale is None else scale), k, mask, dtype)
     if bias is not None:
         scores = scores + jnp.broadcast_to(bias, scores.shape)
-    seen = mask[:, None, None, :]
-    if causal or window is not None:
-        seen = seen & places(query.shape[1], key.shape[1], causal, window)[None, None]
-    weights, total = soften(jnp.where(seen, scores, MASKED))
+    near = places(query.shape[1], key.shape[1], causal, window)
+    if near is not None:
+        scores = jnp.where(near[None, None], scores, MASKED)
+    weights, total = soften(scores)
     # The division waits until after the product with V: XLA fuses this form best on CPU (docs/numerics.md).
-    mixed = matmul("BNTS,BNSH->BNTH", weights, v, dtype) / total
-    if window is not None:
+    mixed = by_heads("BNTS,BNSH->BNTH", weights, v, dtype) / total
+    if near is not None and window is not None:
         # A query too far from every key, as one behind the padding's beginning may be, gets nothing, as in torch.
+        seen = mask[:, None, None, :] & near[None, None]
         mixed = jnp.where(jnp.any(seen, axis=-1)[..., None], mixed, 0.0)
     return jnp.swapaxes(mixed, 1, 2).reshape(query.shape)
+
+
+def masked_scores(
+    q: Float[Array, "B N T H"], k: Float[Array, "B N S H"], mask: Bool[Array, "B S"], dtype: jnp.dtype
+) -> Float[Array, "B N T S"]:
+    """q k^T, and `MASKED` where a key must not be seen.
+
+    On CPU the mask is one more feature of the keys, `MASKED` or 0, and the queries have a 1 there: a pass over all
+    scores less, which for long rows are more than a core's cache holds (docs/performance.md).
+    """
+
+    def chosen(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+        return jnp.where(mask[:, None, None, :], by_heads("BNTH,BNSH->BNTS", q, k, dtype), MASKED)
+
+    def added(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+        hidden = jnp.broadcast_to(jnp.where(mask, 0.0, MASKED)[:, None, :, None], (*k.shape[:3], 1))
+        ones = jnp.ones((*q.shape[:3], 1), q.dtype)
+        keys = jnp.concatenate([k, hidden], axis=-1)
+        return by_heads("BNTH,BNSH->BNTS", jnp.concatenate([q, ones], axis=-1), keys, dtype)
+
+    scores: jax.Array = jax.lax.platform_dependent(q, k, mask, cpu=added, default=chosen)
+    return scores
+
+
+def by_heads(spec: str, x: Float[Array, "..."], y: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
+    """`matmul`, one for each row and head. On CPU always in float32: XLA has no such product of bfloat16 there, and
+    would round to it only to compute in float32 after all."""
+    if dtype == jnp.float32:
+        return matmul(spec, x, y, dtype)
+    product: jax.Array = jax.lax.platform_dependent(
+        x, y, cpu=partial(matmul, spec, dtype=jnp.dtype("float32")), default=partial(matmul, spec, dtype=dtype)
+    )
+    return product
 
 
 def soften(scores: Float[Array, "B N T S"]) -> tuple[Float[Array, "B N T S"], Float[Array, "B N T 1"]]:
@@ -268,8 +303,10 @@ def soften(scores: Float[Array, "B N T S"]) -> tuple[Float[Array, "B N T S"], Fl
     return weights, jnp.sum(weights, axis=-1, keepdims=True)
 
 
-def places(queries: int, keys: int, causal: bool, window: int | None) -> Bool[Array, "T S"]:
-    """Which key each query may see by its place alone."""
+def places(queries: int, keys: int, causal: bool, window: int | None) -> Bool[Array, "T S"] | None:
+    """Which key each query may see by its place alone; None if all."""
+    if not causal and window is None:
+        return None
     distance = jnp.arange(keys, dtype=jnp.int32)[None, :] - jnp.arange(queries, dtype=jnp.int32)[:, None]
     seen = distance <= 0 if causal else jnp.ones((queries, keys), bool)
     return seen if window is None else seen & (jnp.abs(distance) <= window)

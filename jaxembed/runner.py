@@ -3,15 +3,16 @@
 1. The inputs are taken in windows, so that memory does not grow with their number beyond the result itself.
 2. A window becomes Encodings; the next window is tokenised while this one runs.
 3. `buckets` plans the window into Batches, longest rows first.
-4. `engine` runs them; a shape that is met for the first time is compiled then (a server compiles all of them ahead).
+4. `engine` runs them, two at a time; a shape that is met for the first time is compiled then (a server compiles all of
+   them ahead).
 5. Rows find their items again by the owner index that travels in the Batch.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import numpy.typing as npt
 
@@ -22,7 +23,7 @@ from jaxembed.loading import Model
 from jaxembed.m3 import conversion
 from jaxembed.refinement import Histogram, refine
 from jaxembed.tokenizer import Tokenizer
-from jaxembed.types import Encoding, Output
+from jaxembed.types import Batch, Encoding, Output
 
 __all__ = ["Done", "Runner"]
 
@@ -125,24 +126,39 @@ class Runner:
         """
         engine = self.engine(output)
         for start, encodings in windows(items, tokenize):
-            waiting: list[tuple[jax.Array, Any]] = []
             # Referred to until its batches have run (`Engine.adopt`).
             ladder = engine.ladder
-            for plan in ladder.plan([len(one) for one in encodings]):
-                batch = pack(plan.bucket, [Row(encodings[item], dimensions, normalize, item) for item in plan.items])
-                engine.compile(batch.bucket)
-                # On accelerators one batch is dispatched ahead.
-                waiting.append((engine.dispatch(batch), batch))
-                if len(waiting) >= engine.max_in_flight:
-                    yield done(engine, *waiting.pop(0), encodings, start)
-            for result, batch in waiting:
-                yield done(engine, result, batch, encodings, start)
+            plans = ladder.plan([len(one) for one in encodings])
+            batches = (
+                pack(plan.bucket, [Row(encodings[item], dimensions, normalize, item) for item in plan.items])
+                for plan in plans
+            )
+            for batch, rows in ran(engine, batches, 1 if len(plans) == 1 else engine.side_by_side):
+                yield Done(batch.owners + start, tuple(encodings[item] for item in batch.owners), rows)
 
 
-def done(engine: Engine, result: jax.Array, batch: Any, encodings: Sequence[Encoding], start: int) -> Done:
-    """Fetch a batch; its items are counted from the start of all inputs."""
-    rows = engine.fetch(result, batch)
-    return Done(batch.owners + start, tuple(encodings[item] for item in batch.owners), rows)
+def ran(engine: Engine, batches: Iterable[Batch], at_a_time: int) -> Iterator[tuple[Batch, npt.NDArray[np.float32]]]:
+    """Each batch and what it gave, in order; so many run at a time, each in a thread, but one alone in this one."""
+
+    def compiled() -> Iterator[Batch]:
+        for batch in batches:
+            # Here and not in a thread: JAX's settings may be this thread's own.
+            engine.compile(batch.bucket)
+            yield batch
+
+    if at_a_time == 1:
+        yield from ((batch, engine.run(batch)) for batch in compiled())
+        return
+    waiting: deque[tuple[Batch, Future[npt.NDArray[np.float32]]]] = deque()
+    with ThreadPoolExecutor(at_a_time, thread_name_prefix="run") as pool:
+        for batch in compiled():
+            waiting.append((batch, pool.submit(engine.run, batch)))
+            # One more than run, so that none of the threads waits for us.
+            if len(waiting) > at_a_time:
+                batch, result = waiting.popleft()
+                yield batch, result.result()
+        for batch, result in waiting:
+            yield batch, result.result()
 
 
 def windows(

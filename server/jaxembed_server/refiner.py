@@ -78,10 +78,11 @@ class Refiner:
             self._changed.notify()
 
     def _work(self) -> None:
-        self._begin(self._buckets)
+        changed = self._begin(self._buckets)
         if self._next and (kept := self._engine.kept()) is not None:
-            self._begin(kept.buckets)
-        self._tidy()
+            changed |= self._begin(kept.buckets)
+        if changed:
+            self._tidy()
         while self._next:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._count >= self._next)
@@ -103,10 +104,10 @@ class Refiner:
             # As a string: a record of the log may live long.
             logger.info("the ladder after %d inputs: %s", self._count, "as before" if found is None else str(found))
 
-    def _begin(self, buckets: Sequence[Bucket]) -> None:
-        """Bring up shapes that are known beforehand, unless the engine has them."""
+    def _begin(self, buckets: Sequence[Bucket]) -> bool:
+        """Bring up shapes that are known beforehand, unless the engine has them; whether that was to do."""
         if self._closed or set(buckets) == set(self._engine.ladder.buckets):
-            return
+            return False
         ladder = Ladder(buckets)
         try:
             switch(self._engine, ladder)
@@ -114,6 +115,7 @@ class Refiner:
             logger.exception("the ladder %s could not be brought up", str(ladder))
         else:
             logger.info("the ladder to begin with: %s", str(ladder))
+        return True
 
     def _tidy(self) -> None:
         """Give back the memory of compilations, and of the shapes before once nobody runs them."""

@@ -26,6 +26,7 @@ from jaxembed.errors import (
     TokenIdError,
     UnsupportedModelError,
 )
+from jaxembed.types import Batch
 from jaxembed.weights import checkpoint_name
 
 WIDTH = 16
@@ -216,10 +217,27 @@ def test_windows_do_not_show(model: Embedder, monkeypatch: pytest.MonkeyPatch) -
         np.testing.assert_allclose(model.encode(ids), whole, atol=1e-6)
 
 
-def test_two_batches_in_flight(model: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on accelerators: one batch is dispatched ahead, and none is lost at the end."""
+@pytest.mark.parametrize("at_a_time", [1, 2, 5])
+def test_batches_side_by_side(model: Embedder, monkeypatch: pytest.MonkeyPatch, at_a_time: int) -> None:
+    """None is lost at the end, and each row finds its place, however many run at a time."""
+    monkeypatch.setattr(model.engine, "side_by_side", 1)
     whole = model.encode(TEXTS * 3)
-    monkeypatch.setattr(model.engine, "max_in_flight", 2)
+    monkeypatch.setattr(model.engine, "side_by_side", at_a_time)
+    np.testing.assert_array_equal(model.encode(TEXTS * 3), whole)
+
+
+def test_a_batch_that_fails_among_others(model: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its error comes out as it is, and the next call works."""
+    whole, run, calls = model.encode(TEXTS * 3), model.engine.run, iter(range(100))
+
+    def failing(batch: Batch) -> np.ndarray:
+        if next(calls) == 1:
+            raise RuntimeError("out of memory")
+        return run(batch)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        patch.setattr(model.engine, "run", failing)
+        model.encode(TEXTS * 3)
     np.testing.assert_array_equal(model.encode(TEXTS * 3), whole)
 
 

@@ -197,10 +197,12 @@ def test_several_devices_get_as_much_each(tiny_folder: Path) -> None:
         Engine(model, Ladder([Bucket(4, 8), Bucket(6, 8)]))
 
 
-def test_one_execution_at_a_time_on_cpu(engine: Engine) -> None:
-    """It uses every core already."""
+def test_how_many_at_a_time_on_cpu(tiny_folder: Path, engine: Engine) -> None:
+    """One of a server's, beside which a short request finds room; two of a large job, but one where devices wait for
+    one another."""
     assert engine.platform == "cpu"
-    assert engine.max_in_flight == 1
+    assert (engine.max_in_flight, engine.side_by_side) == (1, 2)
+    assert Engine(load(tiny_folder, mesh=make_mesh())).side_by_side == 1
 
 
 @pytest.mark.parametrize("model_parallel", [1, 2])
