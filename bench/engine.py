@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from bench.engines import ENGINES, OURS, REFERENCE, min_cosine, start
@@ -83,7 +83,7 @@ def prepare(
         if isinstance(made, str):
             absent[name] = made
             continue
-        workers[name] = stack.enter_context(made)
+        workers[name] = stack.enter_context(closing(made))
         if name in OURS and not made.note.startswith("on cpu"):
             # The reference runs on the kind of device that ours runs on.
             device = None

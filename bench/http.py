@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         worker = start(engine, options.model, folder)
         assert isinstance(worker, Worker)
         count = 2 if options.quick else 16
-        stack.enter_context(worker).load(texts)
+        stack.enter_context(closing(worker)).load(texts)
         measured.reference, wanted = reference(options, folder, texts, worker, count)
         compared(servers, requests, wanted, measured)
         for name, server in servers.items():
@@ -107,7 +107,7 @@ def started(options: argparse.Namespace, folder: Path, stack: ExitStack) -> tupl
                 measured.absent[spec.name] = made
                 break
             measured.first[spec.name].append(made.first)
-            servers[spec.name] = stack.enter_context(made)
+            servers[spec.name] = stack.enter_context(closing(made))
         print(f"{spec.name}: {measured.absent.get(spec.name, measured.first[spec.name])}", file=sys.stderr)
     return servers, measured
 
@@ -149,7 +149,7 @@ def reference(
     made = "" if options.quick and options.no_peers else start(ENGINES[REFERENCE], options.model, folder)
     if isinstance(made, str):
         return "our engine in process", {name: ours.vectors(name, first[name]) for name in texts}
-    with made:
+    with closing(made):
         made.load({name: texts[name][: first[name]] for name in texts})
         return REFERENCE, {name: made.vectors(name) for name in texts}
 

@@ -100,9 +100,7 @@ def report(measured: Measured, sets: Mapping[str, TextSet], ours: str, seconds: 
                 ],
                 loads(measured),
             ),
-            f"{ours} against the others, within a repeat: median (least-largest). Texts/s: over 1, {ours} is faster; "
-            "p50: under 1, it is.",
-            table(["load", "what", *(f"/ {name}" for name in peers(measured, ours))], quotients(measured, ours)),
+            *against(measured, ours),
             f"{ours} against its own engine in process, which gets the same texts, {LIST} a call (one query at a "
             "time: one), while no server works.",
             table(["load", "in process", "server / in process"], inside(measured, ours)),
@@ -110,6 +108,18 @@ def report(measured: Measured, sets: Mapping[str, TextSet], ours: str, seconds: 
             table(["what", "value"], lone(measured, ours)),
         ]
     )
+
+
+def against(measured: Measured, ours: str) -> list[str]:
+    """The table of ratios and what it says; nothing where no other server runs."""
+    others = peers(measured, ours)
+    if not others:
+        return []
+    return [
+        f"{ours} against the others, within a repeat: median (least-largest). Texts/s: over 1, {ours} is faster; "
+        "p50: under 1, it is.",
+        table(["load", "what", *(f"/ {name}" for name in others)], quotients(measured, ours)),
+    ]
 
 
 def peers(measured: Measured, ours: str) -> list[str]:

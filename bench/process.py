@@ -11,7 +11,6 @@ import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ LIMIT = 900.0
 
 
 class Worker:
-    """One engine in its own process; use it in a `with`.
+    """One engine in its own process; use it in a `with closing(...)`.
 
     It is stopped whenever it is not asked: thread pools that spin for a while would take the others' time.
 
@@ -64,14 +63,6 @@ class Worker:
         self.cold: float = hello["cold"]
         self.note: str = hello["note"]
         self.versions: dict[str, str] = hello["versions"]
-
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the process in every case."""

@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 
 from bench.client import post, prepare
 from bench.engines import ABSENT, environment_of
@@ -91,7 +90,7 @@ SERVERS: Mapping[str, tuple[ServerSpec, ...]] = {
 
 
 class Server:
-    """A server that answered; use it in a `with`. It is stopped by a signal whenever it is not being measured.
+    """A server that answered; use it in a `with closing(...)`. It is stopped by a signal whenever it is not measured.
 
     Args:
         spec: which.
@@ -149,14 +148,6 @@ class Server:
             if self.process.poll() is not None or time.perf_counter() - start > START_LIMIT:
                 raise RuntimeError(f"no first vector; the end of its log: {self.log()[-2000:]}")
             await asyncio.sleep(0.02)
-
-    def __enter__(self) -> "Server":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """End it and all its processes in every case."""

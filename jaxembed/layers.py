@@ -77,6 +77,9 @@ def matmul(spec: str, x: Float[Array, "..."], y: Float[Array, "..."], dtype: jnp
 FEW_TOKENS = 96
 """Up to so many tokens a product is computed the other way round on CPU (docs/performance.md)."""
 
+ABREAST = 16
+"""In bfloat16 that pays only for a multiple of so many tokens, the numbers that a vector register holds."""
+
 
 def linear(x: Float[Array, "B T In"], kernel: Float[Array, "Out In"]) -> Float[Array, "B T Out"]:
     """x @ kernel^T, in the dtype of the kernel and with a float32 result.
@@ -91,7 +94,8 @@ def linear(x: Float[Array, "B T In"], kernel: Float[Array, "Out In"]) -> Float[A
     def turned(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return jnp.moveaxis(matmul("OI,BTI->OBT", kernel, x, kernel.dtype), 0, -1)
 
-    if x.shape[0] * x.shape[1] > FEW_TOKENS:
+    tokens = x.shape[0] * x.shape[1]
+    if tokens > FEW_TOKENS or (kernel.dtype == jnp.bfloat16 and tokens % ABREAST):
         return plain(x, kernel)
     product: jax.Array = jax.lax.platform_dependent(x, kernel, cpu=turned, default=plain)
     return product

@@ -6,12 +6,15 @@ import dataclasses
 import json
 import logging
 import os
+import queue
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
+from logging.handlers import QueueHandler, QueueListener
 from typing import Any
 
 from hypercorn.asyncio.run import worker_serve
@@ -23,6 +26,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from jaxembed_server.app import create_app, service_of
 from jaxembed_server.batcher import DEVICE_THREAD
 from jaxembed_server.config import ENV_PREFIX, ConfigError, ServerConfig, from_sources
+from jaxembed_server.exchange import access
 from jaxembed_server.metrics import Metrics
 from jaxembed_server.model import Loader, load_model
 from jaxembed_server.refiner import REFINER_THREAD
@@ -90,9 +94,8 @@ def main(argv: Sequence[str] | None = None, loader: Loader = load_model) -> int:
     except ConfigError as error:
         print(f"jaxembed: {error}", file=sys.stderr)
         return 2
-    log_to_stderr(config)
     earlier = set(threading.enumerate())
-    with asyncio.Runner(loop_factory=event_loop()) as runner:
+    with logging_to_stderr(config), asyncio.Runner(loop_factory=event_loop()) as runner:
         status = runner.run(run(config, loader))
     at_work = [one for one in threading.enumerate() if one.name.startswith(AT_WORK) and one not in earlier]
     for thread in at_work:
@@ -106,11 +109,31 @@ def main(argv: Sequence[str] | None = None, loader: Loader = load_model) -> int:
     return status
 
 
-def log_to_stderr(config: ServerConfig) -> None:
-    """Ours at the level asked for, everybody else's from a warning upwards."""
+@contextmanager
+def logging_to_stderr(config: ServerConfig) -> Iterator[None]:
+    """Ours at the level asked for, everybody else's from a warning upwards.
+
+    Lines of the access log are written by a thread of their own, the last of them at the end: a terminal that is slow
+    to take them holds up no request.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for package in ("jaxembed", "jaxembed_server"):
         logging.getLogger(package).setLevel(config.log_level.upper())
+    if not config.access_log:
+        yield
+        return
+    lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+    handler = QueueHandler(lines)
+    listener = QueueListener(lines, *logging.getLogger().handlers)
+    access.addHandler(handler)
+    access.propagate = False
+    listener.start()
+    try:
+        yield
+    finally:
+        listener.stop()
+        access.removeHandler(handler)
+        access.propagate = True
 
 
 def event_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:

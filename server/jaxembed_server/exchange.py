@@ -12,10 +12,11 @@ from jaxembed_server.config import ServerConfig
 from jaxembed_server.errors import ApiError, from_exception
 from jaxembed_server.metrics import Metrics
 
-__all__ = ["Exchange"]
+__all__ = ["Exchange", "access"]
 
 logger = logging.getLogger(__name__)
 access = logging.getLogger("jaxembed_server.access")
+"""A line for each request, where the settings ask for it."""
 
 GUARDED = "/v1/"
 """Routes below this need a key, if keys are set."""

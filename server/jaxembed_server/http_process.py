@@ -18,7 +18,7 @@ from hypercorn.utils import wrap_app
 
 from jaxembed_server.app import create_app
 from jaxembed_server.channel import Channel, Kind
-from jaxembed_server.cli import event_loop, hypercorn_settings, log_to_stderr
+from jaxembed_server.cli import event_loop, hypercorn_settings, logging_to_stderr
 from jaxembed_server.config import ServerConfig
 from jaxembed_server.remote import RemoteService
 
@@ -43,7 +43,12 @@ async def run(end: socket.socket, listening: socket.socket) -> int:
         print("jaxembed: the engine process ended before it said anything", file=sys.stderr)
         return 1
     config = settings_of(first.note)
-    log_to_stderr(config)
+    with logging_to_stderr(config):
+        return await serve(config, channel, listening)
+
+
+async def serve(config: ServerConfig, channel: Channel, listening: socket.socket) -> int:
+    """Serve as the settings say; the exit status."""
     service = RemoteService(config, channel)
     settings = hypercorn_settings(config)
     app = wrap_app(create_app(config, service=service), settings.wsgi_max_body_size, "asgi")

@@ -12,7 +12,7 @@ from flax import nnx
 from transformers.activations import ACT2FN
 
 from jaxembed.errors import UnsupportedModelError
-from jaxembed.layers import ACTIVATIONS, FEW_TOKENS, Embedding, LayerNorm, Linear, activation, attention, matmul
+from jaxembed.layers import ACTIVATIONS, FEW_TOKENS, Embedding, LayerNorm, Linear, activation, attention, linear, matmul
 
 FLOAT32 = jnp.dtype("float32")
 BFLOAT16 = jnp.dtype("bfloat16")
@@ -129,6 +129,17 @@ def test_linear(bias: bool, length: int) -> None:
     graph, state = nnx.split(layer)
     compiled = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
     np.testing.assert_allclose(compiled(state, jnp.asarray(x)), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [15, 16, 17, 32])
+def test_linear_in_bfloat16(length: int) -> None:
+    """Operands are rounded, sums are not, whichever way round it is computed."""
+    kernel = jnp.asarray(normal(3, 5), BFLOAT16)
+    x = normal(1, length, 5, seed=1)
+    rounded = np.asarray(jnp.asarray(x, BFLOAT16), np.float64)
+    got = jax.jit(linear)(x, kernel)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, rounded @ np.asarray(kernel, np.float64).T, atol=1e-6)
 
 
 def test_parameters_carry_their_axes_and_dtype() -> None:

@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import os
+import re
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -329,3 +330,16 @@ def test_what_reaches_the_port_while_a_process_is_replaced_waits(begin: Callable
         server.wait_until(lambda: requests.get(f"{server.url}/ready", timeout=30).status_code == 200)
         assert post(server, input="ab").status_code == 200
     assert server.stop() == 0
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_the_access_log_is_whole(begin: Callable[..., Server], processes: int) -> None:
+    """A thread of its own writes it, down to the last line before the end, and each line once."""
+    server = begin("--access-log", processes=processes).wait_until_ready()
+    for _ in range(20):
+        assert post(server, input="a").status_code == 200
+    assert requests.get(f"{server.url}/nothing", timeout=60).status_code == 404
+    assert server.stop() == 0
+    lines = re.findall(r"INFO jaxembed_server\.access: (\S+ \S+ \d+) \d+\.\d ms\n", server.output)
+    assert lines.count("POST /v1/embeddings 200") == 20
+    assert len([line for line in lines if line.endswith(" 404")]) == 1
