@@ -5,7 +5,8 @@
    them into the batch that holds the most urgent one. It never waits while there is work and the device is idle:
    no timer, no poll. A batch is what queued up while the device was busy.
 3. One batch more than the device runs is made ahead, if there are rows for a full one: a smaller one might still grow.
-   While a batch of long requests runs, short requests do not wait for it: they run beside it, in small batches.
+   While a batch of long requests runs, short requests do not wait for it: they run beside it, in small batches; and
+   on CPU a second batch of short requests beside a first one.
 4. The engine runs the batch; rows go to their requests by the owner index that travels in it.
 5. Every way out completes the request's future: result, error, cancellation, shutdown.
 
@@ -29,7 +30,7 @@ import numpy.typing as npt
 from jaxembed.buckets import Ladder, Row, pack
 from jaxembed.types import Batch, Bucket, Encoding
 from jaxembed_server.errors import NotReadyError, QueueFullError
-from jaxembed_server.fair_queue import FairQueue, Flow, Waiting
+from jaxembed_server.fair_queue import SHORT, FairQueue, Flow, Waiting
 
 __all__ = ["DEVICE_THREAD", "Batcher", "Engine", "Observer"]
 
@@ -87,7 +88,7 @@ class Taken(NamedTuple):
     Attributes:
         bucket: its shape.
         rows: what goes into it.
-        beside: it is of short requests and runs at once, beside a batch of long ones.
+        beside: it is of short requests and runs at once, beside another batch.
         long: it has rows of a long request.
         ladder: what it was planned by; the engine keeps its shapes while it is referred to.
     """
@@ -97,6 +98,11 @@ class Taken(NamedTuple):
     beside: bool
     long: bool
     ladder: Ladder
+
+    @property
+    def tokens(self) -> int:
+        """Of the rows."""
+        return sum(len(row.encoding) for row in self.rows)
 
 
 class Batcher:
@@ -126,6 +132,8 @@ class Batcher:
         self._taken = 0
         self._running = 0
         self._long = 0
+        self._running_tokens = 0
+        self._tokens_beside = 0
         self._prepared: list[Waiting[Job]] = []
         self._run_tokens = 0.0
         self._run_seconds = 0.0
@@ -264,6 +272,8 @@ class Batcher:
         finally:
             with self._lock:
                 self._taken -= not beside
+                if beside:
+                    self._tokens_beside -= taken.tokens
                 self._wake()
         return True
 
@@ -275,6 +285,8 @@ class Batcher:
                 self._queue.ladder = self._engine.ladder
                 if (taken := self._next()) is not None:
                     self._taken += not taken.beside
+                    if taken.beside:
+                        self._tokens_beside += taken.tokens
                     # What is left may fill a batch for another thread.
                     self._wake()
                     return taken
@@ -284,16 +296,32 @@ class Batcher:
     @property
     def _ordinary(self) -> bool:
         """Whether a batch should be made that waits for its turn: the first, or one ahead if it would be full."""
-        return not self._taken or (self._queue.full and self._taken <= self._engine.max_in_flight)
+        if not self._taken:
+            # Beside a batch that is left over from before, one of a row or two would not pay.
+            return self._queue.tokens * 2 >= self._tokens_beside
+        return self._queue.full and self._taken <= self._engine.max_in_flight
+
+    def _room_beside(self) -> int:
+        """Tokens of short requests that may start beside what runs; 0 if none.
+
+        Beside a long batch a little, at once. Where the engine runs one batch at a time and that is of short requests,
+        a second one like it, once it would be half as large: small batches leave a part of the cores idle.
+        """
+        if self._long:
+            return self._queue.ladder.max_tokens // SHORT
+        alone = self._engine.max_in_flight == 1 and self._running and not self._tokens_beside
+        if alone and self._queue.tokens * 2 >= self._running_tokens:
+            return self._queue.ladder.max_tokens // 2
+        return 0
 
     def _wake(self) -> None:
         """Wake a thread that is free, if it may find something to do."""
-        if self._queue and (self._ordinary or self._long):
+        if self._queue and (self._ordinary or self._room_beside()):
             self._work_came.notify()
 
     def _next(self) -> Taken | None:
         """A batch that a free thread should make now; None if it should wait."""
-        if self._long and (short := self._queue.take_short()) is not None:
+        if (room := self._room_beside()) and (short := self._queue.take_short(room)) is not None:
             self._queue.ran(short[1], len(self._jobs))
             return Taken(*short, beside=True, long=False, ladder=self._queue.ladder)
         if self._ordinary and (most := self._queue.take()) is not None:
@@ -320,6 +348,7 @@ class Batcher:
                 return False
             self._running += 1
             self._long += taken.long
+            self._running_tokens += taken.tokens
             self._queue.ran(rows, len(self._jobs))
             # Short requests that wait may run beside this one.
             self._wake()
@@ -329,6 +358,7 @@ class Batcher:
         with self._lock:
             self._running -= 1
             self._long -= taken.long
+            self._running_tokens -= taken.tokens
             self._turn_came.notify_all()
 
     def _deliver(self, batch: Batch, rows: Rows, vectors: npt.NDArray[np.float32]) -> None:

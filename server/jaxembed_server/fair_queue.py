@@ -15,14 +15,14 @@ from typing import Generic, NamedTuple, TypeVar
 from jaxembed.buckets import Ladder
 from jaxembed.types import Bucket, Encoding
 
-__all__ = ["FairQueue", "Flow", "Waiting"]
+__all__ = ["SHORT", "FairQueue", "Flow", "Waiting"]
 
 WINDOW = 2
 """How many full batches of rows are looked at to plan one: more would pad less and overtake more."""
 
 
 SHORT = 8
-"""A request of at most the largest batch over this is short: it may run beside a large batch (`take_short`)."""
+"""A request of at most the largest batch over this is short: it may run beside another batch (`take_short`)."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -113,10 +113,10 @@ class FairQueue(Generic[F]):
         """Whether a request is so small that running it beside a large batch costs that one little."""
         return flow.tokens * SHORT <= self.ladder.max_tokens
 
-    def take_short(self) -> tuple[Bucket, list[Waiting[F]]] | None:
-        """The next batch of short requests alone; None if the most urgent row is of a long one, or nothing waits."""
+    def take_short(self, room: int) -> tuple[Bucket, list[Waiting[F]]] | None:
+        """The next batch of short requests alone, of so many tokens at most; None if the most urgent row is of a long
+        one, or nothing waits."""
         window: list[Waiting[F]] = []
-        room = self.ladder.max_tokens // SHORT
         while self._heap:
             row = self._heap[0]
             if not row.flow.dead and not (self.short(row.flow) and len(row.encoding) <= room):

@@ -108,14 +108,14 @@ def test_short_requests_can_be_taken_alone() -> None:
     queue = FairQueue[Flow](Ladder([Bucket(1, 8), Bucket(2, 8), Bucket(8, 8)]))
     long, gone, *short = flow(8, 8), flow(2), flow(3), flow(3), flow(3)
     queue.add(long, 0)
-    assert queue.take_short() is None
+    assert queue.take_short(8) is None
     gone.dead = True
     for one in (gone, *short):
         queue.add(one, -1)
-    taken = queue.take_short()
+    taken = queue.take_short(8)
     assert taken is not None
     assert [row.flow for row in taken[1]] == short[:2]
-    assert [row.flow for row in queue.take_short()[1]] == short[2:]
-    assert queue.take_short() is None
+    assert [row.flow for row in queue.take_short(8)[1]] == short[2:]
+    assert queue.take_short(8) is None
     assert queue.tokens == 16
     assert [[row.flow for row in batch] for batch in drain(queue)] == [[long, long]]
