@@ -20,7 +20,7 @@ import heapq
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -90,6 +90,7 @@ class Taken(NamedTuple):
         rows: what goes into it.
         beside: it is of short requests and runs at once, beside another batch.
         long: it has rows of a long request.
+        tokens: of its rows.
         ladder: what it was planned by; the engine keeps its shapes while it is referred to.
     """
 
@@ -97,12 +98,8 @@ class Taken(NamedTuple):
     rows: Rows
     beside: bool
     long: bool
+    tokens: int
     ladder: Ladder
-
-    @property
-    def tokens(self) -> int:
-        """Of the rows."""
-        return sum(len(row.encoding) for row in self.rows)
 
 
 class Batcher:
@@ -130,10 +127,8 @@ class Batcher:
         self._queued_tokens = 0
         self._jobs: set[Job] = set()
         self._taken = 0
-        self._running = 0
-        self._long = 0
-        self._running_tokens = 0
-        self._tokens_beside = 0
+        self._running: list[Taken] = []
+        self._beside: list[Taken] = []
         self._prepared: list[Waiting[Job]] = []
         self._run_tokens = 0.0
         self._run_seconds = 0.0
@@ -271,9 +266,10 @@ class Batcher:
             self._fail({row.flow for row in rows}, error)
         finally:
             with self._lock:
-                self._taken -= not beside
                 if beside:
-                    self._tokens_beside -= taken.tokens
+                    self._beside.remove(taken)
+                else:
+                    self._taken -= 1
                 self._wake()
         return True
 
@@ -284,9 +280,10 @@ class Batcher:
                 # The engine may have better shapes by now.
                 self._queue.ladder = self._engine.ladder
                 if (taken := self._next()) is not None:
-                    self._taken += not taken.beside
                     if taken.beside:
-                        self._tokens_beside += taken.tokens
+                        self._beside.append(taken)
+                    else:
+                        self._taken += 1
                     # What is left may fill a batch for another thread.
                     self._wake()
                     return taken
@@ -298,8 +295,17 @@ class Batcher:
         """Whether a batch should be made that waits for its turn: the first, or one ahead if it would be full."""
         if not self._taken:
             # Beside a batch that is left over from before, one of a row or two would not pay.
-            return self._queue.tokens * 2 >= self._tokens_beside
+            return self._half_of(self._beside)
         return self._queue.full and self._taken <= self._engine.max_in_flight
+
+    @property
+    def _long(self) -> bool:
+        """Whether a batch with rows of a long request runs."""
+        return any(one.long for one in self._running)
+
+    def _half_of(self, batches: Iterable[Taken]) -> bool:
+        """Whether a batch of what waits would be at least half as large as these together."""
+        return self._queue.tokens * 2 >= sum(one.tokens for one in batches)
 
     def _room_beside(self) -> int:
         """Tokens of short requests that may start beside what runs; 0 if none.
@@ -309,8 +315,8 @@ class Batcher:
         """
         if self._long:
             return self._queue.ladder.max_tokens // SHORT
-        alone = self._engine.max_in_flight == 1 and self._running and not self._tokens_beside
-        if alone and self._queue.tokens * 2 >= self._running_tokens:
+        alone = self._engine.max_in_flight == 1 and self._running and not self._beside
+        if alone and self._half_of(self._running):
             return self._queue.ladder.max_tokens // 2
         return 0
 
@@ -323,11 +329,14 @@ class Batcher:
         """A batch that a free thread should make now; None if it should wait."""
         if (room := self._room_beside()) and (short := self._queue.take_short(room)) is not None:
             self._queue.ran(short[1], len(self._jobs))
-            return Taken(*short, beside=True, long=False, ladder=self._queue.ladder)
+            return self._made(*short, beside=True)
         if self._ordinary and (most := self._queue.take()) is not None:
-            long = not all(self._queue.short(row.flow) for row in most[1])
-            return Taken(*most, beside=False, long=long, ladder=self._queue.ladder)
+            return self._made(*most, beside=False)
         return None
+
+    def _made(self, bucket: Bucket, rows: Rows, *, beside: bool) -> Taken:
+        long = not all(self._queue.short(row.flow) for row in rows)
+        return Taken(bucket, rows, beside, long, sum(len(row.encoding) for row in rows), self._queue.ladder)
 
     def _await_turn(self, taken: Taken) -> bool:
         """Wait until the engine is free and no batch that is made is more urgent.
@@ -340,15 +349,15 @@ class Batcher:
         with self._lock:
             # An ordered list and not a semaphore, which would let the same thread in again and again.
             heapq.heappush(self._prepared, first)
-            self._turn_came.wait_for(lambda: self._running < self._engine.max_in_flight and self._prepared[0] is first)
+            self._turn_came.wait_for(
+                lambda: len(self._running) < self._engine.max_in_flight and self._prepared[0] is first
+            )
             heapq.heappop(self._prepared)
             self._turn_came.notify_all()
             if self._queue.outranks(first) or all(row.flow.dead for row in rows):
                 self._queue.give_back(rows)
                 return False
-            self._running += 1
-            self._long += taken.long
-            self._running_tokens += taken.tokens
+            self._running.append(taken)
             self._queue.ran(rows, len(self._jobs))
             # Short requests that wait may run beside this one.
             self._wake()
@@ -356,9 +365,7 @@ class Batcher:
 
     def _end_turn(self, taken: Taken) -> None:
         with self._lock:
-            self._running -= 1
-            self._long -= taken.long
-            self._running_tokens -= taken.tokens
+            self._running.remove(taken)
             self._turn_came.notify_all()
 
     def _deliver(self, batch: Batch, rows: Rows, vectors: npt.NDArray[np.float32]) -> None:
