@@ -32,6 +32,8 @@ __all__ = [
     "split_heads",
 ]
 
+FLOAT32 = jnp.dtype("float32")
+
 MASKED = -1e30
 """Score of a key that must not be seen. Finite: a row without any key gives a mean, not NaN."""
 
@@ -260,7 +262,7 @@ def attention(
         scores = jnp.where(near[None, None], scores, MASKED)
     weights, total = soften(scores)
     # The division waits until after the product with V: XLA fuses this form best on CPU (docs/numerics.md).
-    mixed = by_heads("BNTS,BNSH->BNTH", weights, v, dtype) / total
+    mixed = weighted(weights, v, dtype) / total
     if near is not None and window is not None:
         # A query too far from every key, as one behind the padding's beginning may be, gets nothing, as in torch.
         seen = mask[:, None, None, :] & near[None, None]
@@ -274,29 +276,31 @@ def masked_scores(
     """q k^T, and `MASKED` where a key must not be seen.
 
     On CPU the mask is one more feature of the keys, `MASKED` or 0, and the queries have a 1 there: a pass over all
-    scores less, which for long rows are more than a core's cache holds (docs/performance.md).
+    scores less, which for long rows are more than a core's cache holds (docs/performance.md). And the product is in
+    float32 whatever `dtype` says: XLA has none of bfloat16 for heads there, and would round to it only to compute in
+    float32 after all.
     """
 
     def chosen(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
-        return jnp.where(mask[:, None, None, :], by_heads("BNTH,BNSH->BNTS", q, k, dtype), MASKED)
+        return jnp.where(mask[:, None, None, :], matmul("BNTH,BNSH->BNTS", q, k, dtype), MASKED)
 
     def added(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
         hidden = jnp.broadcast_to(jnp.where(mask, 0.0, MASKED)[:, None, :, None], (*k.shape[:3], 1))
         ones = jnp.ones((*q.shape[:3], 1), q.dtype)
         keys = jnp.concatenate([k, hidden], axis=-1)
-        return by_heads("BNTH,BNSH->BNTS", jnp.concatenate([q, ones], axis=-1), keys, dtype)
+        return matmul("BNTH,BNSH->BNTS", jnp.concatenate([q, ones], axis=-1), keys, FLOAT32)
 
     scores: jax.Array = jax.lax.platform_dependent(q, k, mask, cpu=added, default=chosen)
     return scores
 
 
-def by_heads(spec: str, x: Float[Array, "..."], y: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
-    """`matmul`, one for each row and head. On CPU always in float32: XLA has no such product of bfloat16 there, and
-    would round to it only to compute in float32 after all."""
-    if dtype == jnp.float32:
-        return matmul(spec, x, y, dtype)
+def weighted(weights: Float[Array, "B N T S"], v: Float[Array, "B N S H"], dtype: jnp.dtype) -> Float[Array, "B N T H"]:
+    """Sums of the values by weights; on CPU in float32, as the scores."""
     product: jax.Array = jax.lax.platform_dependent(
-        x, y, cpu=partial(matmul, spec, dtype=jnp.dtype("float32")), default=partial(matmul, spec, dtype=dtype)
+        weights,
+        v,
+        cpu=partial(matmul, "BNTS,BNSH->BNTH", dtype=FLOAT32),
+        default=partial(matmul, "BNTS,BNSH->BNTH", dtype=dtype),
     )
     return product
 
