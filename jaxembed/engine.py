@@ -7,7 +7,6 @@ call passes a flat tuple. A shape that was not compiled ahead is an error, never
 import json
 import threading
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -165,10 +164,12 @@ class Engine:
     def _ladder_key(self, kept: cache.Cache) -> str:
         return kept.key(*facts(self.model, self.output), self.max_batch_tokens, self.batch_multiple)
 
-    def time(self, bucket: Bucket, *, repeats: int = 3) -> float:
-        """Seconds that one full batch of this shape takes, the least of several; it must be compiled."""
+    def time(self, bucket: Bucket) -> float:
+        """Seconds that one full batch of this shape takes; it must be compiled."""
         batch = full(bucket)
-        return min(timed(partial(self.run, batch)) for _ in range(repeats))
+        start = time.perf_counter()
+        self.run(batch)
+        return time.perf_counter() - start
 
     def compile(self, bucket: Bucket) -> Compiled:
         """Compile one bucket and run it once on padding; does nothing if it is ready. Safe from several threads.
@@ -304,10 +305,3 @@ def full(bucket: Bucket) -> Batch:
     """A batch without padding."""
     rows = bucket.batch_size
     return replace(empty(bucket), lengths=np.full(rows, bucket.seq_len, np.int32), owners=np.arange(rows))
-
-
-def timed(call: Callable[[], object]) -> float:
-    """Seconds of one call."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start

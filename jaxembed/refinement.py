@@ -4,6 +4,7 @@ A small ladder is ready in seconds and pads much. Once enough inputs have been s
 that their cost is least, their shapes are compiled beside the work, and the ladder is swapped.
 """
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -14,11 +15,29 @@ import numpy.typing as npt
 from jaxembed.buckets import Ladder
 from jaxembed.types import Bucket
 
-__all__ = ["Cost", "Histogram", "Refinable", "Timing", "choose_lengths", "fit_cost", "refine", "switch"]
+__all__ = [
+    "Cost",
+    "Histogram",
+    "Refinable",
+    "Timing",
+    "choose_lengths",
+    "choose_shapes",
+    "fit_cost",
+    "refine",
+    "switch",
+]
 
 WORTH = 0.01
 """A further length must save this share of the whole cost: each is several shapes to compile."""
 
+NEAR = 0.05
+"""A shape must save this share of what a batch takes in a larger one: each is to be compiled and held in memory."""
+
+SMALL = 8
+"""Shapes of at most the largest one's tokens over this are timed before they are chosen: they keep least to the fit."""
+
+ROUNDS = 3
+"""How often a shape is timed."""
 
 GAIN = 0.05
 """A new ladder must save this share of what inputs cost by the old one."""
@@ -120,6 +139,33 @@ def choose_lengths(counts: npt.NDArray[np.int64], cost: Callable[[int], float]) 
     return tuple(reversed(chosen))
 
 
+def choose_shapes(
+    wanted: Iterable[Bucket], there: Iterable[Bucket], seconds: Callable[[Bucket], float]
+) -> tuple[Bucket, ...]:
+    """The wanted shapes, but for those that a larger shape does nearly as fast (`NEAR`): it takes their place.
+
+    Args:
+        wanted: shapes to choose from.
+        there: shapes that are compiled already; one of them that does nearly as well is chosen instead of a wanted one.
+        seconds: of a full batch of a shape.
+    """
+    there = tuple(there)
+    chosen: list[Bucket] = []
+    # The largest first: what may take a shape's place is decided on before it.
+    for bucket in sorted(wanted, key=lambda bucket: bucket.tokens, reverse=True):
+        near = [
+            one
+            for one in (*chosen, *there)
+            if one.batch_size >= bucket.batch_size
+            and one.seq_len >= bucket.seq_len
+            and (1 - NEAR) * seconds(one) <= seconds(bucket)
+        ]
+        best = min(near, key=seconds, default=bucket)
+        if best not in chosen:
+            chosen.append(best)
+    return tuple(chosen)
+
+
 @runtime_checkable
 class Refinable(Protocol):
     """What refinement needs of an engine; see `jaxembed.engine.Engine`."""
@@ -129,7 +175,7 @@ class Refinable(Protocol):
     batch_multiple: int
 
     def time(self, bucket: Bucket) -> float:
-        """Seconds of a full batch of a compiled shape."""
+        """Seconds of one full batch of a compiled shape."""
 
     def allow(self, ladder: Ladder) -> None:
         """Let the shapes of a ladder be compiled."""
@@ -144,7 +190,8 @@ class Refinable(Protocol):
 def refine(engine: Refinable, counts: npt.NDArray[np.int64]) -> Ladder | None:
     """Choose shapes for inputs like these, compile them, and only then have the engine plan by them.
 
-    The shapes that the engine has are timed first: the choice goes by measured seconds.
+    The shapes that the engine has are timed first, and the small new ones once they are compiled: the choice goes by
+    measured seconds.
 
     Args:
         engine: its ladder must be compiled.
@@ -158,17 +205,39 @@ def refine(engine: Refinable, counts: npt.NDArray[np.int64]) -> Ladder | None:
     """
     old = engine.ladder
     within = counts[: old.max_length + 1]
-    cost = fit_cost([Timing(bucket, engine.time(bucket)) for bucket in old.buckets])
-    new = Ladder.of_lengths(
+    measured = least_seconds(engine, old.buckets)
+    cost = fit_cost([Timing(*one) for one in measured.items()])
+    wanted = Ladder.of_lengths(
         choose_lengths(within, cost.of_row),
         max_batch_tokens=engine.max_batch_tokens,
         batch_multiple=engine.batch_multiple,
     )
-    before, after = (row_seconds(ladder, within, cost) for ladder in (old, new))
+    before, after = (row_seconds(ladder, within, cost) for ladder in (old, wanted))
     if after > (1 - GAIN) * before:
         return None
+
+    def seconds(bucket: Bucket) -> float:
+        return measured[bucket] if bucket in measured else cost.of(bucket)
+
+    likely = Ladder(choose_shapes(wanted.buckets, old.buckets, seconds))
+    prepare(engine, likely)
+    small = [one for one in {*old.buckets, *likely.buckets} if one.tokens * SMALL <= likely.max_tokens]
+    measured |= least_seconds(engine, small)
+    new = Ladder(choose_shapes(likely.buckets, old.buckets, seconds))
     switch(engine, new)
     return new
+
+
+def least_seconds(engine: Refinable, buckets: Iterable[Bucket]) -> dict[Bucket, float]:
+    """Shape -> seconds of a full batch, the least of several.
+
+    All of them are timed in turns, so that other work in between strikes them alike.
+    """
+    found = dict.fromkeys(buckets, math.inf)
+    for _ in range(ROUNDS):
+        for bucket, least in found.items():
+            found[bucket] = min(least, engine.time(bucket))
+    return found
 
 
 def switch(engine: Refinable, ladder: Ladder) -> None:
@@ -177,10 +246,19 @@ def switch(engine: Refinable, ladder: Ladder) -> None:
     Raises:
         Exception: whatever a compilation raises; the engine keeps its ladder then.
     """
+    prepare(engine, ladder)
+    engine.adopt(ladder)
+
+
+def prepare(engine: Refinable, ladder: Ladder) -> None:
+    """Compile the shapes of a ladder; they stay for as long as it is referred to.
+
+    Raises:
+        Exception: whatever a compilation raises.
+    """
     engine.allow(ladder)
     for bucket in ladder.buckets:
         engine.compile(bucket)
-    engine.adopt(ladder)
 
 
 def row_seconds(ladder: Ladder, counts: npt.NDArray[np.int64], cost: Cost) -> float:

@@ -53,8 +53,10 @@ class Jaxembed:
 
     def dispatch(self):
         """Seconds of the longest dispatch."""
+        from jaxembed.refinement import least_seconds
+
         engine = self._embedder.engine
-        return max(engine.time(bucket) for bucket in engine.ladder.buckets)
+        return max(least_seconds(engine, engine.ladder.buckets).values())
 
 
 def make(**options):

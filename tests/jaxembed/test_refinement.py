@@ -1,7 +1,8 @@
 """The choice of shapes by what comes: exactness against trying every choice, the fit, and the swap on a real engine."""
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -13,7 +14,17 @@ from jaxembed.buckets import Row, pack
 from jaxembed.engine import Engine, full
 from jaxembed.errors import BucketError
 from jaxembed.loading import load
-from jaxembed.refinement import WORTH, Cost, Histogram, Timing, choose_lengths, fit_cost, refine
+from jaxembed.refinement import (
+    NEAR,
+    WORTH,
+    Cost,
+    Histogram,
+    Timing,
+    choose_lengths,
+    choose_shapes,
+    fit_cost,
+    refine,
+)
 from jaxembed.runner import Runner
 from jaxembed.types import Output
 from jaxembed.warmup import use_cache
@@ -40,6 +51,41 @@ def test_no_other_choice_costs_less(seed: int) -> None:
     choices = [(*some, 24) for size in range(len(candidates)) for some in itertools.combinations(candidates[:-1], size)]
     least = min(total(choice, counts, price) for choice in choices)
     assert total(choose_lengths(counts, COST.of_row), counts, price) == pytest.approx(least, rel=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_a_left_out_shape_takes_a_chosen_one_does_nearly_as_fast(seed: int) -> None:
+    """And no chosen shape is nearly as slow as a larger chosen one."""
+    random = np.random.default_rng(seed)
+    noise = random.uniform(0.8, 1.25, (17, 33))
+
+    def seconds(bucket: Bucket) -> float:
+        return COST.of(bucket) * float(noise[bucket])
+
+    wanted = {Bucket(b, t) for b in (1, 4, 16) for t in range(4, 33, 4)}
+    there = {Bucket(b, t) for b in (1, 4, 16) for t in (16, 32)}
+    chosen = choose_shapes(wanted, there, seconds)
+    assert len(set(chosen)) == len(chosen) and set(chosen) <= wanted | there
+
+    def takers(bucket: Bucket, among: Iterable[Bucket]) -> list[Bucket]:
+        return [one for one in among if one.batch_size >= bucket.batch_size and one.seq_len >= bucket.seq_len]
+
+    for bucket in wanted:
+        assert min(seconds(one) for one in takers(bucket, chosen)) * (1 - NEAR) <= seconds(bucket)
+    for bucket in set(chosen) - there:
+        others = [seconds(one) for one in takers(bucket, chosen) if one != bucket]
+        assert seconds(bucket) < (1 - NEAR) * min(others, default=math.inf)
+
+
+def test_a_shape_that_is_there_stands_in_only_for_smaller_ones() -> None:
+    """Nothing is chosen that was neither wanted nor does a wanted shape's work, and the largest always stays."""
+    flat = {Bucket(1, 8): 1.0, Bucket(1, 12): 1.05, Bucket(1, 16): 0.9, Bucket(1, 64): 3.0, Bucket(2, 8): 1.5}
+    assert choose_shapes(
+        [Bucket(1, 8), Bucket(1, 12), Bucket(1, 64)], [Bucket(1, 16), Bucket(2, 8)], flat.__getitem__
+    ) == (
+        Bucket(1, 64),
+        Bucket(1, 16),
+    )
 
 
 def test_the_greatest_length_is_always_there() -> None:
@@ -85,6 +131,17 @@ def test_a_real_engine_changes_its_ladder(tiny_folder: str) -> None:
     np.testing.assert_allclose(embedder.encode(texts), before, atol=1e-6)
     np.testing.assert_allclose(engine.run(planned)[0], before[0], atol=1e-6)
     assert embedder.refine(texts) is new
+
+
+def test_a_small_shape_that_proves_slow_is_left_out(tiny_folder: str) -> None:
+    """What the fit cannot tell, as that one row of 10 tokens takes longer than one of 16, is measured."""
+    embedder = Embedder.from_pretrained(tiny_folder, mesh=make_mesh(jax.devices()[:1]))
+    engine = embedder.engine
+    engine.time = lambda bucket: COST.of(bucket) * (1.5 if bucket == (1, 10) else 1.0)
+    new = embedder.refine(["a b c d e f g h"] * 50)
+    assert Bucket(1, 10) not in new.buckets
+    assert {Bucket(1, 16), Bucket(4, 10), Bucket(16, 10)} <= set(new.buckets)
+    assert set(new.buckets) <= engine.compiled
 
 
 def test_shapes_that_nobody_plans_by_are_dropped(tiny_folder: str) -> None:
