@@ -199,19 +199,11 @@ class Engine:
         return Compiled(bucket, time.perf_counter() - start, cached)
 
     def run(self, batch: Batch) -> npt.NDArray[np.float32]:
-        """Run a batch and wait for it.
+        """Run a batch and wait for it. Safe from several threads.
 
         Returns:
             float32 [n, ...], the real rows in the batch's order, of the shape that `Output` says; features behind a
             row's `dimensions` are 0.
-
-        Raises:
-            BucketError: the batch's shape was not compiled.
-        """
-        return self.fetch(self.dispatch(batch), batch)
-
-    def dispatch(self, batch: Batch) -> jax.Array:
-        """Start a batch without waiting for it.
 
         Raises:
             BucketError: the batch's shape was not compiled.
@@ -221,11 +213,6 @@ class Engine:
             raise self._unknown(batch.bucket)
         with self._order:
             result: jax.Array = executable(self.model.leaves, *self._arguments(batch))
-        result.copy_to_host_async()
-        return result
-
-    def fetch(self, result: jax.Array, batch: Batch) -> npt.NDArray[np.float32]:
-        """Wait for what `dispatch` started; returns what `run` does."""
         return np.asarray(result)[: batch.rows]
 
     def _unknown(self, bucket: Bucket) -> BucketError:

@@ -35,11 +35,16 @@ from jaxembed_server.supervisor import ProcessError, Supervisor, listening_socke
 
 __all__ = ["main", "parser", "run"]
 
+logger = logging.getLogger(__name__)
+
 BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 75.0
 
 AT_WORK = (LOADER_THREAD, REFINER_THREAD, DEVICE_THREAD)
 """How the names of the threads begin that may be at work in XLA when the server ends."""
+
+WAITING_LINES = 10_000
+"""Lines of the access log that may wait to be written, some 10 MB."""
 
 GRACE = 0.1
 """Seconds that each of them has to end by itself: one that only waited does."""
@@ -114,7 +119,7 @@ def logging_to_stderr(config: ServerConfig) -> Iterator[None]:
     """Ours at the level asked for, everybody else's from a warning upwards.
 
     Lines of the access log are written by a thread of their own, the last of them at the end: a terminal that is slow
-    to take them holds up no request.
+    to take them holds up no request. One that takes none loses all lines beyond `WAITING_LINES`.
     """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for package in ("jaxembed", "jaxembed_server"):
@@ -123,7 +128,7 @@ def logging_to_stderr(config: ServerConfig) -> Iterator[None]:
         yield
         return
     lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
-    handler = QueueHandler(lines)
+    handler = BoundedQueueHandler(lines)
     listener = QueueListener(lines, *logging.getLogger().handlers)
     access.addHandler(handler)
     access.propagate = False
@@ -134,6 +139,28 @@ def logging_to_stderr(config: ServerConfig) -> Iterator[None]:
         listener.stop()
         access.removeHandler(handler)
         access.propagate = True
+        if handler.left_out:
+            logger.warning("%d lines of the access log were left out: nobody took them", handler.left_out)
+
+
+class BoundedQueueHandler(QueueHandler):
+    """Leaves out what is logged while `WAITING_LINES` records wait to be written.
+
+    Attributes:
+        left_out: how many so far.
+    """
+
+    def __init__(self, records: "queue.SimpleQueue[logging.LogRecord]") -> None:
+        super().__init__(records)
+        self._records = records
+        self.left_out = 0
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        """Let a record wait, or leave it out."""
+        if self._records.qsize() < WAITING_LINES:
+            super().enqueue(record)
+        else:
+            self.left_out += 1
 
 
 def event_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:

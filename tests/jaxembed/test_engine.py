@@ -17,7 +17,7 @@ from jaxembed.engine import MAX_BATCH_TOKENS, Engine
 from jaxembed.errors import BucketError
 from jaxembed.layers import Tokens
 from jaxembed.loading import Model, load
-from jaxembed.types import Batch, Encoding
+from jaxembed.types import Encoding
 
 BUCKET = Bucket(4, 8)
 
@@ -57,7 +57,7 @@ def test_a_bucket_off_the_ladder_never_compiles(engine: Engine, compilations: Ca
     off = Bucket(2, 8)
     batch = pack(off, [row(3)])
     message = r"the bucket 2x8 is not on the ladder \{1x8, 4x8, 4x32\}"
-    for call in (lambda: engine.compile(off), lambda: engine.run(batch), lambda: engine.dispatch(batch)):
+    for call in (lambda: engine.compile(off), lambda: engine.run(batch)):
         with pytest.raises(BucketError, match=message):
             call()
     assert compilations() == 0
@@ -67,9 +67,8 @@ def test_a_bucket_off_the_ladder_never_compiles(engine: Engine, compilations: Ca
 def test_a_bucket_that_was_not_compiled_never_compiles(engine: Engine, compilations: Callable[[], int]) -> None:
     """On the request path a missing executable is an error, not a pause of seconds."""
     batch = pack(Bucket(1, 8), [row(3)])
-    for call in (engine.run, engine.dispatch):
-        with pytest.raises(BucketError, match=r"1x8 is on the ladder but was not compiled"):
-            call(batch)
+    with pytest.raises(BucketError, match=r"1x8 is on the ladder but was not compiled"):
+        engine.run(batch)
     assert compilations() == 0
     assert engine.compiled == {BUCKET, Bucket(4, 32)}
 
@@ -142,12 +141,12 @@ def test_only_real_rows_come_back(engine: Engine) -> None:
     assert engine.run(pack(BUCKET, [])).shape == (0, 16)
 
 
-def test_dispatch_and_fetch_are_run(engine: Engine) -> None:
-    """Two batches under way at once do not mix."""
-    batches = [pack(BUCKET, [row(3, seed=seed), row(5, seed=seed)]) for seed in (1, 2)]
-    waiting = [engine.dispatch(batch) for batch in batches]
-    for result, batch in zip(waiting, batches, strict=True):
-        np.testing.assert_array_equal(engine.fetch(result, batch), engine.run(batch))
+def test_batches_of_several_threads_do_not_mix(engine: Engine) -> None:
+    """Each gets what it gets alone."""
+    batches = [pack(BUCKET, [row(3, seed=seed), row(5, seed=seed)]) for seed in range(16)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(engine.run, batches))
+    np.testing.assert_array_equal(together, [engine.run(batch) for batch in batches])
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -221,5 +220,5 @@ def test_eight_devices_give_what_one_gives(tiny_folder: Path, engine: Engine, mo
 
 def test_rows_of_padding_are_finite(engine: Engine) -> None:
     """They are thrown away, but a debugger that looks for NaN must not stop at them."""
-    batch: Batch = pack(BUCKET, [row(3)])
-    assert np.isfinite(np.asarray(engine.dispatch(batch))).all()
+    all_rows = dataclasses.replace(pack(BUCKET, [row(3)]), owners=np.arange(BUCKET.batch_size))
+    assert np.isfinite(engine.run(all_rows)).all()
