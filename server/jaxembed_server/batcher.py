@@ -4,25 +4,23 @@
 2. A device thread that is free takes the most urgent rows, drops those whose client has gone, and has the ladder plan
    them into the batch that holds the most urgent one. It never waits while there is work and the device is idle:
    no timer, no poll. A batch is what queued up while the device was busy.
-3. One batch more than the device runs is made ahead, if there are rows for a full one: a smaller one might still grow.
-   While a batch of long requests runs, short requests do not wait for it: they run beside it, in small batches; and
-   on CPU a second batch of short requests beside a first one.
+3. One batch more than the device runs is made ahead. While a batch of long requests runs, short requests do not wait
+   for it: they run beside it, in small batches; and on CPU a second batch of short requests beside a first one.
 4. The engine runs the batch; rows go to their requests by the owner index that travels in it.
 5. Every way out completes the request's future: result, error, cancellation, shutdown.
 
-Which rows are the most urgent is `fair_queue`'s to say.
+Which rows are the most urgent is `fair_queue`'s to say, and which batch runs when that of `turns`.
 
 Knows neither HTTP nor JAX: the engine is a protocol, and a fake one tests every path.
 """
 
 import asyncio
-import heapq
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +28,8 @@ import numpy.typing as npt
 from jaxembed.buckets import Ladder, Row, pack
 from jaxembed.types import Batch, Bucket, Encoding
 from jaxembed_server.errors import NotReadyError, QueueFullError
-from jaxembed_server.fair_queue import SHORT, FairQueue, Flow, Waiting
+from jaxembed_server.fair_queue import FairQueue, Flow, Waiting
+from jaxembed_server.turns import Taken, Turns
 
 __all__ = ["DEVICE_THREAD", "Batcher", "Engine", "Observer"]
 
@@ -79,29 +78,6 @@ class Job(Flow):
     missing: int
 
 
-Rows = Sequence[Waiting[Job]]
-
-
-class Taken(NamedTuple):
-    """A batch to be.
-
-    Attributes:
-        bucket: its shape.
-        rows: what goes into it.
-        beside: it is of short requests and runs at once, beside another batch.
-        long: it has rows of a long request.
-        tokens: of its rows.
-        ladder: what it was planned by; the engine keeps its shapes while it is referred to.
-    """
-
-    bucket: Bucket
-    rows: Rows
-    beside: bool
-    long: bool
-    tokens: int
-    ladder: Ladder
-
-
 class Batcher:
     """Batches for one engine. Made and used on one event loop; call `close` at the end.
 
@@ -126,10 +102,7 @@ class Batcher:
         self._queue = FairQueue[Job](engine.ladder)
         self._queued_tokens = 0
         self._jobs: set[Job] = set()
-        self._taken = 0
-        self._running: list[Taken] = []
-        self._beside: list[Taken] = []
-        self._prepared: list[Waiting[Job]] = []
+        self._turns = Turns(self._queue, engine.max_in_flight)
         self._run_tokens = 0.0
         self._run_seconds = 0.0
         self._draining = False
@@ -243,19 +216,19 @@ class Batcher:
         taken = self._take()
         if taken is None:
             return False
-        rows, beside = taken.rows, taken.beside
+        rows = taken.rows
         try:
             batch = pack(
                 taken.bucket,
                 [Row(row.encoding, row.flow.dimensions, row.flow.normalize, i) for i, row in enumerate(rows)],
             )
-            if not beside and not self._await_turn(taken):
+            if not taken.beside and not self._await_turn(taken):
                 return True
             start = time.perf_counter()
             try:
                 vectors = self._engine.run(batch)
             finally:
-                if not beside:
+                if not taken.beside:
                     self._end_turn(taken)
             seconds = time.perf_counter() - start
             self._measure(batch, seconds)
@@ -266,109 +239,46 @@ class Batcher:
             self._fail({row.flow for row in rows}, error)
         finally:
             with self._lock:
-                if beside:
-                    self._beside.remove(taken)
-                else:
-                    self._taken -= 1
+                self._turns.over(taken)
                 self._wake()
         return True
 
-    def _take(self) -> Taken | None:
+    def _take(self) -> Taken[Job] | None:
         """The next batch's rows; waits for work. None when the batcher is closed."""
         with self._lock:
             while not self._closed:
                 # The engine may have better shapes by now.
                 self._queue.ladder = self._engine.ladder
-                if (taken := self._next()) is not None:
-                    if taken.beside:
-                        self._beside.append(taken)
-                    else:
-                        self._taken += 1
+                if (taken := self._turns.take(len(self._jobs))) is not None:
                     # What is left may fill a batch for another thread.
                     self._wake()
                     return taken
                 self._work_came.wait()
             return None
 
-    @property
-    def _ordinary(self) -> bool:
-        """Whether a batch should be made that waits for its turn: the first, or one ahead if it would be full."""
-        if not self._taken:
-            # Beside a batch that is left over from before, one of a row or two would not pay.
-            return self._half_of(self._beside)
-        return self._queue.full and self._taken <= self._engine.max_in_flight
-
-    @property
-    def _long(self) -> bool:
-        """Whether a batch with rows of a long request runs."""
-        return any(one.long for one in self._running)
-
-    def _half_of(self, batches: Iterable[Taken]) -> bool:
-        """Whether a batch of what waits would be at least half as large as these together."""
-        return self._queue.tokens * 2 >= sum(one.tokens for one in batches)
-
-    def _room_beside(self) -> int:
-        """Tokens of short requests that may start beside what runs; 0 if none.
-
-        Beside a long batch a little, at once. Where the engine runs one batch at a time and that is of short requests,
-        a second one like it, once it would be half as large: small batches leave a part of the cores idle.
-        """
-        if self._long:
-            return self._queue.ladder.max_tokens // SHORT
-        alone = self._engine.max_in_flight == 1 and self._running and not self._beside
-        if alone and self._half_of(self._running):
-            return self._queue.ladder.max_tokens // 2
-        return 0
-
     def _wake(self) -> None:
         """Wake a thread that is free, if it may find something to do."""
-        if self._queue and (self._ordinary or self._room_beside()):
+        if self._turns.wanted:
             self._work_came.notify()
 
-    def _next(self) -> Taken | None:
-        """A batch that a free thread should make now; None if it should wait."""
-        if (room := self._room_beside()) and (short := self._queue.take_short(room)) is not None:
-            self._queue.ran(short[1], len(self._jobs))
-            return self._made(*short, beside=True)
-        if self._ordinary and (most := self._queue.take()) is not None:
-            return self._made(*most, beside=False)
-        return None
-
-    def _made(self, bucket: Bucket, rows: Rows, *, beside: bool) -> Taken:
-        long = not all(self._queue.short(row.flow) for row in rows)
-        return Taken(bucket, rows, beside, long, sum(len(row.encoding) for row in rows), self._queue.ladder)
-
-    def _await_turn(self, taken: Taken) -> bool:
-        """Wait until the engine is free and no batch that is made is more urgent.
-
-        Returns:
-            False if the batch was given up: by now something more urgent waits, or all its clients have gone.
-        """
-        rows = taken.rows
-        first = min(rows)
+    def _await_turn(self, taken: Taken[Job]) -> bool:
+        """Wait until the engine is free and no batch that is made is more urgent. False if the batch was given up."""
         with self._lock:
-            # An ordered list and not a semaphore, which would let the same thread in again and again.
-            heapq.heappush(self._prepared, first)
-            self._turn_came.wait_for(
-                lambda: len(self._running) < self._engine.max_in_flight and self._prepared[0] is first
-            )
-            heapq.heappop(self._prepared)
+            # In the order of urgency; a semaphore would let the same thread in again and again.
+            self._turns.prepare(taken)
+            self._turn_came.wait_for(lambda: self._turns.may_run(taken))
+            begun = self._turns.begin(taken, len(self._jobs))
             self._turn_came.notify_all()
-            if self._queue.outranks(first) or all(row.flow.dead for row in rows):
-                self._queue.give_back(rows)
-                return False
-            self._running.append(taken)
-            self._queue.ran(rows, len(self._jobs))
             # Short requests that wait may run beside this one.
             self._wake()
-            return True
+            return begun
 
-    def _end_turn(self, taken: Taken) -> None:
+    def _end_turn(self, taken: Taken[Job]) -> None:
         with self._lock:
-            self._running.remove(taken)
+            self._turns.end(taken)
             self._turn_came.notify_all()
 
-    def _deliver(self, batch: Batch, rows: Rows, vectors: npt.NDArray[np.float32]) -> None:
+    def _deliver(self, batch: Batch, rows: Sequence[Waiting[Job]], vectors: npt.NDArray[np.float32]) -> None:
         if vectors.shape != (batch.rows, self._engine.dimension):
             raise ValueError(f"the engine returned {vectors.shape} for {batch.rows} rows of {self._engine.dimension}")
         finished = []

@@ -1,0 +1,145 @@
+"""Which batches are made and run, and when. Knows no threads, no futures, no engine.
+
+Ordinary batches wait for their turns: the engine runs so many of them at a time, and one more is made ahead, if there
+are rows for a full one: a smaller one might still grow. Batches of short requests alone may run beside them, at once.
+"""
+
+import heapq
+from collections.abc import Iterable, Sequence
+from typing import Generic, NamedTuple, TypeVar
+
+from jaxembed.buckets import Ladder
+from jaxembed.types import Bucket
+from jaxembed_server.fair_queue import SHORT, FairQueue, Flow, Waiting
+
+__all__ = ["Taken", "Turns"]
+
+F = TypeVar("F", bound=Flow)
+
+
+class Taken(NamedTuple, Generic[F]):
+    """A batch to be.
+
+    Attributes:
+        bucket: its shape.
+        rows: what goes into it.
+        beside: it is of short requests and runs at once, beside another batch.
+        long: it has rows of a long request.
+        tokens: of its rows.
+        ladder: what it was planned by; the engine keeps its shapes while it is referred to.
+    """
+
+    bucket: Bucket
+    rows: Sequence[Waiting[F]]
+    beside: bool
+    long: bool
+    tokens: int
+    ladder: Ladder
+
+    @property
+    def first(self) -> Waiting[F]:
+        """Its most urgent row."""
+        return min(self.rows)
+
+
+class Turns(Generic[F]):
+    """The batches that are under way. Not safe for several threads at once: the owner holds a lock.
+
+    Args:
+        queue: the rows that wait.
+        at_a_time: ordinary batches that the engine runs.
+    """
+
+    def __init__(self, queue: FairQueue[F], at_a_time: int) -> None:
+        self._queue = queue
+        self._at_a_time = at_a_time
+        # Ordinary batches from `take` to `over`.
+        self._ordinary = 0
+        self._prepared: list[Waiting[F]] = []
+        self._running: list[Taken[F]] = []
+        self._beside: list[Taken[F]] = []
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a free thread may find a batch to make."""
+        return bool(self._queue) and (self._ordinary_wanted or self._room_beside > 0)
+
+    def take(self, flows: int) -> Taken[F] | None:
+        """A batch that a free thread should make now; None if it should wait. It is under way until it is `over`.
+
+        Args:
+            flows: how many share the engine, for `FairQueue.ran`.
+        """
+        if (room := self._room_beside) and (short := self._queue.take_short(room)) is not None:
+            self._queue.ran(short[1], flows)
+            taken = self._made(*short, beside=True)
+            self._beside.append(taken)
+            return taken
+        if self._ordinary_wanted and (most := self._queue.take()) is not None:
+            self._ordinary += 1
+            return self._made(*most, beside=False)
+        return None
+
+    def prepare(self, taken: Taken[F]) -> None:
+        """An ordinary batch is ready to run."""
+        heapq.heappush(self._prepared, taken.first)
+
+    def may_run(self, taken: Taken[F]) -> bool:
+        """Whether it is the turn of a batch that is ready: the engine is free and none that is ready is more urgent."""
+        return len(self._running) < self._at_a_time and self._prepared[0] is taken.first
+
+    def begin(self, taken: Taken[F], flows: int) -> bool:
+        """Let a batch run whose turn it is.
+
+        Returns:
+            False if it is given up: by now something more urgent waits, or all its clients have gone. Its rows wait
+            again.
+        """
+        heapq.heappop(self._prepared)
+        if self._queue.outranks(taken.first) or all(row.flow.dead for row in taken.rows):
+            self._queue.give_back(taken.rows)
+            return False
+        self._running.append(taken)
+        self._queue.ran(taken.rows, flows)
+        return True
+
+    def end(self, taken: Taken[F]) -> None:
+        """The engine is done with an ordinary batch."""
+        self._running.remove(taken)
+
+    def over(self, taken: Taken[F]) -> None:
+        """All is done with a batch, whatever came of it."""
+        if taken.beside:
+            self._beside.remove(taken)
+        else:
+            self._ordinary -= 1
+
+    @property
+    def _ordinary_wanted(self) -> bool:
+        """Whether a batch should be made that waits for its turn: the first, or one ahead if it would be full."""
+        if not self._ordinary:
+            # Beside a batch that is left over from before, one of a row or two would not pay.
+            return self._half_of(self._beside)
+        return self._queue.full and self._ordinary <= self._at_a_time
+
+    @property
+    def _room_beside(self) -> int:
+        """Tokens of short requests that may start beside what runs; 0 if none.
+
+        Beside a long batch a little, at once. Where the engine runs one batch at a time and that is of short requests,
+        a second one like it, once it would be half as large: small batches leave a part of the cores idle.
+        """
+        if any(one.long for one in self._running):
+            return self._queue.ladder.max_tokens // SHORT
+        alone = self._at_a_time == 1 and self._running and not self._beside
+        if alone and self._half_of(self._running):
+            return self._queue.ladder.max_tokens // 2
+        return 0
+
+    def _half_of(self, batches: Iterable[Taken[F]]) -> bool:
+        """Whether a batch of what waits would be at least half as large as these together."""
+        return self._queue.tokens * 2 >= sum(one.tokens for one in batches)
+
+    def _made(self, bucket: Bucket, rows: Sequence[Waiting[F]], *, beside: bool) -> Taken[F]:
+        long = not all(self._queue.short(row.flow) for row in rows)
+        return Taken(bucket, rows, beside, long, sum(len(row.encoding) for row in rows), self._queue.ladder)
