@@ -66,7 +66,8 @@ class Engine:
         max_in_flight: batches of a server that run at a time. On CPU a short request runs beside one long batch, and
             behind two it would wait for most of them; elsewhere a second one waits on the device while the first runs.
         side_by_side: batches of a large job that run at a time, each called from a thread of its own. On CPU one
-            computes while the other's threads wait for each other (docs/performance.md).
+            computes while the other's threads wait for each other (docs/performance.md). Where several devices share
+            a CPU, one at a time, whoever calls.
     """
 
     def __init__(
@@ -98,7 +99,8 @@ class Engine:
         self.max_in_flight = 1 if self.platform == "cpu" else 2
         several = model.mesh.size > 1
         self.side_by_side = 1 if several and self.platform == "cpu" else 2
-        # Devices that wait for one another must all get their batches in the same order.
+        # Devices that wait for one another must all get their batches in the same order; and on CPU, where they share
+        # their threads, one batch at a time.
         self._order: AbstractContextManager[object] = threading.Lock() if several else nullcontext()
 
     @property
@@ -213,6 +215,8 @@ class Engine:
             raise self._unknown(batch.bucket)
         with self._order:
             result: jax.Array = executable(self.model.leaves, *self._arguments(batch))
+            if self.side_by_side == 1:
+                result.block_until_ready()
         return np.asarray(result)[: batch.rows]
 
     def _unknown(self, bucket: Bucket) -> BucketError:

@@ -141,9 +141,14 @@ def test_only_real_rows_come_back(engine: Engine) -> None:
     assert engine.run(pack(BUCKET, [])).shape == (0, 16)
 
 
-def test_batches_of_several_threads_do_not_mix(engine: Engine) -> None:
-    """Each gets what it gets alone."""
-    batches = [pack(BUCKET, [row(3, seed=seed), row(5, seed=seed)]) for seed in range(16)]
+@pytest.mark.parametrize("devices", [1, 8])
+def test_batches_of_several_threads_do_not_mix(tiny_folder: Path, devices: int) -> None:
+    """Each gets what it gets alone; nor do devices hang that wait for one another, with the weights split."""
+    mesh = make_mesh(jax.devices()[:devices], model_parallel=min(2, devices))
+    bucket = Bucket(8, 8)
+    engine = Engine(load(tiny_folder, mesh=mesh), Ladder([bucket]))
+    engine.compile(bucket)
+    batches = [pack(bucket, [row(3, seed=seed), row(5, seed=seed)]) for seed in range(16)]
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(engine.run, batches))
     np.testing.assert_array_equal(together, [engine.run(batch) for batch in batches])
