@@ -23,6 +23,7 @@ __all__ = [
     "choose_lengths",
     "choose_shapes",
     "fit_cost",
+    "least_seconds",
     "refine",
     "switch",
 ]
