@@ -27,6 +27,7 @@ from jaxembed.sharding import make_mesh
 from jaxembed.types import Pooling as Mean
 
 __all__ = [
+    "SIZES",
     "TINY",
     "TOLERANCE",
     "check_parity",
@@ -51,6 +52,9 @@ TINY: dict[str, Any] = {
     "attn_implementation": "eager",
 }
 """Sizes of a tiny model, under the names that most of Hugging Face's configurations use."""
+
+SIZES: dict[str, Any] = {name: value for name, value in TINY.items() if name != "attn_implementation"}
+"""The same without what is no size, for a configuration that is written or compared as it stands."""
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from parity import TINY, TOLERANCE, randomise, save_checkpoint, small_tokenizer, tiny_bert
+from parity import SIZES, TOLERANCE, randomise, save_checkpoint, small_tokenizer, tiny_bert
 from safetensors.torch import load_file, save_file
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Router, Transformer
@@ -347,7 +347,6 @@ def test_stanford(metadata: dict[str, Any] | None, tmp_path: Path) -> None:
     assert ours.params["linear.kernel"].shape == (6, 16)
 
 
-SIZES = {key: value for key, value in TINY.items() if key != "attn_implementation"}
 GROUPED = {"num_key_value_heads": 1, "head_dim": 8}
 ARCHITECTURES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "albert": ("Albert", {"embedding_size": 8}),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from folders import load
-from parity import TINY, TOLERANCE, randomise
+from parity import SIZES, TOLERANCE, randomise
 from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize, Transformer
@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaMo
 from jaxembed import Bucket, Embedder, Ladder
 from jaxembed.errors import PickledCheckpointError, UnsupportedModelError
 
-SIZES = {key: value for key, value in TINY.items() if key != "attn_implementation"}
 Record = Callable[[str, object], None]
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from parity import TINY, save_checkpoint
+from parity import SIZES, TINY, save_checkpoint
 from transformers import AlbertConfig, AlbertForPreTraining, AlbertForSequenceClassification, AlbertModel
 
 from jaxembed.errors import UnsupportedModelError
@@ -12,7 +12,7 @@ from jaxembed.models.albert import ARCHITECTURE, Config
 from jaxembed.types import Weight
 from jaxembed.weights import checkpoint_name
 
-SMALL = {name: value for name, value in TINY.items() if name != "attn_implementation"} | {"embedding_size": 12}
+SMALL = SIZES | {"embedding_size": 12}
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from parity import TINY, check_parity, randomise, save_checkpoint
+from parity import SIZES, check_parity, randomise, save_checkpoint
 from transformers import (
     DebertaV2Config,
     DebertaV2ForMaskedLM,
@@ -19,8 +19,6 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_p
 
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.models.deberta_v2 import Config, log_buckets
-
-SMALL = {name: TINY[name] for name in TINY if name != "attn_implementation"}
 
 V3 = {
     "relative_attention": True,
@@ -36,7 +34,7 @@ V3 = {
 
 def tiny(**overrides: Any) -> DebertaV2Model:
     """A small model with Hugging Face's first weights; it has no choice of attention."""
-    return DebertaV2Model(DebertaV2Config(**SMALL | overrides))
+    return DebertaV2Model(DebertaV2Config(**SIZES | overrides))
 
 
 @pytest.mark.parametrize(
@@ -102,8 +100,8 @@ def test_buckets_are_torchs(buckets: int, furthest: int) -> None:
 
 def test_places_are_a_limit_only_where_there_is_a_table_of_them() -> None:
     """v3 has none: a longer input is possible, as in transformers."""
-    assert Config.from_hf(SMALL | V3).max_length is None
-    assert Config.from_hf(SMALL).max_length == 32
+    assert Config.from_hf(SIZES | V3).max_length is None
+    assert Config.from_hf(SIZES).max_length == 32
 
 
 @pytest.mark.parametrize(
@@ -124,11 +122,11 @@ def test_places_are_a_limit_only_where_there_is_a_table_of_them() -> None:
 def test_what_is_not_deberta_is_refused(overrides: dict[str, Any], message: str) -> None:
     """A configuration that asks for another computation never loads as if it did not."""
     with pytest.raises(UnsupportedModelError, match=message):
-        Config.from_hf(SMALL | overrides)
+        Config.from_hf(SIZES | overrides)
 
 
 @pytest.mark.parametrize("field", ["vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"])
 def test_missing_field_is_named(field: str) -> None:
     """Sizes have no defaults here."""
     with pytest.raises(UnsupportedModelError, match=field):
-        Config.from_hf({name: value for name, value in SMALL.items() if name != field})
+        Config.from_hf({name: value for name, value in SIZES.items() if name != field})

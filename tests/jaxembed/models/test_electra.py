@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from parity import TINY, save_checkpoint
+from parity import SIZES, TINY, save_checkpoint
 from transformers import (
     ElectraConfig,
     ElectraForMaskedLM,
@@ -16,8 +16,6 @@ from transformers import (
 
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.models.electra import Config
-
-SMALL = {name: value for name, value in TINY.items() if name != "attn_implementation"}
 
 
 @pytest.mark.parametrize(
@@ -56,10 +54,10 @@ def test_an_encoder_inside_a_larger_model(kind: Any, parity: Callable[..., None]
 def test_what_is_not_supported_is_refused(overrides: dict[str, Any], message: str) -> None:
     """A configuration that asks for another computation never loads as if it did not."""
     with pytest.raises(UnsupportedModelError, match=message):
-        Config.from_hf(SMALL | {"embedding_size": 12} | overrides)
+        Config.from_hf(SIZES | {"embedding_size": 12} | overrides)
 
 
 def test_the_width_of_the_tables_must_be_given() -> None:
     """Sizes have no defaults."""
     with pytest.raises(UnsupportedModelError, match="embedding_size"):
-        Config.from_hf(SMALL)
+        Config.from_hf(SIZES)

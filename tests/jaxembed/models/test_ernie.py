@@ -4,13 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from parity import TINY, save_checkpoint
+from parity import SIZES, TINY, save_checkpoint
 from transformers import ErnieConfig, ErnieForPreTraining, ErnieForSequenceClassification, ErnieModel
 
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.models.ernie import Config
-
-SMALL = {name: value for name, value in TINY.items() if name != "attn_implementation"}
 
 
 @pytest.mark.parametrize(
@@ -46,10 +44,10 @@ def test_an_encoder_inside_a_larger_model(kind: Any, parity: Callable[..., None]
 def test_what_is_not_supported_is_refused(overrides: dict[str, Any], message: str) -> None:
     """A configuration that asks for another computation never loads as if it did not."""
     with pytest.raises(UnsupportedModelError, match=message):
-        Config.from_hf(SMALL | overrides)
+        Config.from_hf(SIZES | overrides)
 
 
 def test_task_types_are_only_there_where_the_file_says_so() -> None:
     """As in Hugging Face's ErnieConfig."""
-    assert not Config.from_hf(SMALL).use_task_id
-    assert Config.from_hf(SMALL | {"use_task_id": True}).task_type_vocab_size == 3
+    assert not Config.from_hf(SIZES).use_task_id
+    assert Config.from_hf(SIZES | {"use_task_id": True}).task_type_vocab_size == 3

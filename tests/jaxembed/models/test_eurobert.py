@@ -4,14 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from parity import TINY
+from parity import SIZES, TINY
 from transformers import EuroBertConfig, EuroBertModel
 
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.models import architecture
 from jaxembed.models.eurobert import ARCHITECTURE, Config
-
-SIZES = {name: TINY[name] for name in TINY if name != "attn_implementation"}
 
 
 @pytest.mark.parametrize(

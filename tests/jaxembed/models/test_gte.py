@@ -7,16 +7,14 @@ from typing import Any
 import pytest
 import torch
 from originals import check_token_types, saver
-from parity import TINY, randomise, save_checkpoint, small_tokenizer
+from parity import SIZES, TINY, randomise, save_checkpoint, small_tokenizer
 from transformers import GteConfig, GteForMaskedLM, GteModel
 
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.models import architecture
 from jaxembed.models.gte import ARCHITECTURE, Config
 
-SMALL = {name: value for name, value in TINY.items() if name != "attn_implementation"}
-
-ORIGINAL = SMALL | {
+ORIGINAL = SIZES | {
     "architectures": ["NewModel"],
     "auto_map": {"AutoModel": "Alibaba-NLP/new-impl--modeling.NewModel"},
     "hidden_act": "gelu",
@@ -137,12 +135,12 @@ def test_ntk_scaling_is_what_transformers_makes_of_it() -> None:
     old = {"rope_theta": 20_000, "rope_scaling": {"type": "ntk", "factor": 8.0}}
     new = {"rope_parameters": {"rope_type": "linear", "rope_theta": 160_000.0, "factor": 8.0 ** (2 / 8)}}
     saved = {"rope_parameters": {"rope_type": "ntk", "rope_theta": 20_000, "factor": 8.0}}
-    assert Config.from_hf(SMALL | old) == Config.from_hf(SMALL | new) == Config.from_hf(SMALL | saved)
+    assert Config.from_hf(SIZES | old) == Config.from_hf(SIZES | new) == Config.from_hf(SIZES | saved)
 
 
 def test_thetas_that_no_file_says() -> None:
     """The remote code's own default is not the port's."""
-    thetas = [Config.from_hf(SMALL | kind).rotary.frequencies[1] ** -4 for kind in ({}, {"model_type": "new"})]
+    thetas = [Config.from_hf(SIZES | kind).rotary.frequencies[1] ** -4 for kind in ({}, {"model_type": "new"})]
     assert thetas == pytest.approx([160_000, 10_000])
 
 
@@ -178,4 +176,4 @@ def test_what_is_not_supported_is_refused(overrides: dict[str, Any], message: st
 def test_missing_field_is_named(field: str) -> None:
     """Sizes have no defaults here: a file without one is refused by name."""
     with pytest.raises(UnsupportedModelError, match=field):
-        Config.from_hf({name: value for name, value in SMALL.items() if name != field})
+        Config.from_hf({name: value for name, value in SIZES.items() if name != field})

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from originals import check_token_types, encoded, saver
-from parity import TINY, randomise
+from parity import SIZES, TINY, randomise
 from torch import nn
 from torch.nn import functional
 from transformers import BertConfig, BertModel
@@ -22,7 +22,7 @@ from jaxembed.loading import load
 from jaxembed.models import architecture
 from jaxembed.models.jina_bert_v2 import ARCHITECTURE, Config, slopes
 
-ORIGINAL: dict[str, Any] = {name: value for name, value in TINY.items() if name != "attn_implementation"} | {
+ORIGINAL: dict[str, Any] = SIZES | {
     "architectures": ["JinaBertForMaskedLM"],
     "auto_map": {"AutoModel": "jinaai/jina-bert-implementation--modeling_bert.JinaBertModel"},
     "emb_pooler": "mean",

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from parity import TINY, TOLERANCE, cosines, randomise, save_checkpoint
+from parity import SIZES, TINY, TOLERANCE, cosines, randomise, save_checkpoint
 from safetensors.numpy import load_file, save_file
 from transformers import JinaEmbeddingsV3Config, JinaEmbeddingsV3ForMaskedLM, JinaEmbeddingsV3Model, PreTrainedModel
 
@@ -25,9 +25,8 @@ from jaxembed.types import NO_TASK
 TASKS = ("retrieval.query", "retrieval.passage", "text-matching")
 RANK, ALPHA = 3, 2
 
-SMALL = {name: TINY[name] for name in TINY if name != "attn_implementation"}
 ORIGINAL_CONFIG = {
-    **SMALL,
+    **SIZES,
     "model_type": "xlm-roberta",
     "auto_map": {"AutoModel": "jinaai/xlm-roberta-flash-implementation--modeling_lora.XLMRobertaLoRA"},
     "position_embedding_type": "rotary",
@@ -143,7 +142,7 @@ def test_original_reads_its_own_name_of_theta(parity: Callable[..., None]) -> No
     parity(model, save=lambda model, folder: save_original(model, folder, rotary_emb_base=300))
     absent = {name: value for name, value in ORIGINAL_CONFIG.items() if name != "rotary_emb_base"}
     assert Config.from_original(absent) == Config.from_original({**ORIGINAL_CONFIG, "rotary_emb_base": 10_000})
-    assert Config.from_original(ORIGINAL_CONFIG).rotary == Config.from_hf(SMALL).rotary
+    assert Config.from_original(ORIGINAL_CONFIG).rotary == Config.from_hf(SIZES).rotary
 
 
 def test_tasks_mixed_in_a_batch(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
@@ -224,7 +223,7 @@ def test_port_has_no_tasks() -> None:
 
 def test_original_before_its_adapters_were_trained() -> None:
     """Without `load_trained_adapters` the file holds no adapters, whatever tasks it names."""
-    for config in ({**ORIGINAL_CONFIG, "load_trained_adapters": False}, {**SMALL, "lora_adaptations": list(TASKS)}):
+    for config in ({**ORIGINAL_CONFIG, "load_trained_adapters": False}, {**SIZES, "lora_adaptations": list(TASKS)}):
         assert ORIGINAL.tasks(config) == Config.from_original(config).lora_adaptations == ()
 
 

@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from parity import TINY, save_checkpoint
+from parity import SIZES, TINY, save_checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.models.llama import Config
 
-SIZES = {name: TINY[name] for name in TINY if name != "attn_implementation"}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500.0,

@@ -4,13 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from parity import TINY
+from parity import SIZES, TINY
 from transformers import MistralConfig, MistralModel
 
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.models.mistral import Config
-
-SIZES = {name: TINY[name] for name in TINY if name != "attn_implementation"}
 
 
 @pytest.mark.parametrize(

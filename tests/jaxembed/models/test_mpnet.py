@@ -6,15 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from parity import TINY, save_checkpoint
+from parity import SIZES, TINY, save_checkpoint
 from transformers import MPNetConfig, MPNetForMaskedLM, MPNetForSequenceClassification, MPNetModel
 from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
 
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.models.mpnet import BUCKETS, FURTHEST, Config
 from jaxembed.relative import log_buckets
-
-SMALL = {name: value for name, value in TINY.items() if name != "attn_implementation"}
 
 
 @pytest.mark.parametrize(
@@ -50,7 +48,7 @@ def test_buckets_are_those_of_the_reference() -> None:
 
 def test_places_count_from_two() -> None:
     """514 positions mean 512 tokens, whatever the padding token's id."""
-    assert Config.from_hf(SMALL | {"max_position_embeddings": 514, "pad_token_id": 0}).max_length == 512
+    assert Config.from_hf(SIZES | {"max_position_embeddings": 514, "pad_token_id": 0}).max_length == 512
 
 
 @pytest.mark.parametrize(
@@ -64,4 +62,4 @@ def test_places_count_from_two() -> None:
 def test_what_is_not_supported_is_refused(overrides: dict[str, Any], message: str) -> None:
     """A configuration that asks for another computation never loads as if it did not."""
     with pytest.raises(UnsupportedModelError, match=message):
-        Config.from_hf(SMALL | overrides)
+        Config.from_hf(SIZES | overrides)

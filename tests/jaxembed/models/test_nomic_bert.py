@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from originals import check_token_types, encoded, saver
-from parity import TINY, randomise, save_checkpoint, small_tokenizer
+from parity import SIZES, TINY, randomise, save_checkpoint, small_tokenizer
 from torch import nn
 from torch.nn import functional
 from transformers import NomicBertConfig, NomicBertForMaskedLM, NomicBertModel
@@ -23,8 +23,6 @@ from jaxembed.loading import load
 from jaxembed.models import architecture
 from jaxembed.models.nomic_bert import ARCHITECTURE, Config
 from jaxembed.sharding import make_mesh
-
-SMALL = {name: value for name, value in TINY.items() if name != "attn_implementation"}
 
 ORIGINAL: dict[str, Any] = {
     "activation_function": "swiglu",
@@ -249,7 +247,7 @@ def test_parity_of_an_original_with_the_port(both: bool, parity: Callable[..., N
     """The remote code's names and fields, alone or beside the port's fields as on the hub today, with a lower limit."""
     model = tiny(intermediate_size=256)
     rope = {"rope_theta": 1000.0, "rope_type": "default"}
-    beside = SMALL | {"max_position_embeddings": 8, "intermediate_size": 256, "rope_parameters": rope}
+    beside = SIZES | {"max_position_embeddings": 8, "intermediate_size": 256, "rope_parameters": rope}
     config = ORIGINAL | (beside if both else {})
     parity(model, save=saver(config, original_names))
     assert Config.from_hf(config).max_length == ORIGINAL["n_positions"]
@@ -334,7 +332,7 @@ def test_on_several_devices(overrides: dict[str, Any], tmp_path: Path) -> None:
 
 def test_defaults() -> None:
     """What the file leaves out is as in Hugging Face's NomicBertConfig, or as in the remote code's own."""
-    read = Config.from_hf(SMALL)
+    read = Config.from_hf(SIZES)
     assert (read.hidden_act, read.type_vocab_size, read.layer_norm_eps) == ("silu", 2, 1e-12)
     assert read.rotary.frequencies[1] ** -4 == pytest.approx(1000)
     given = ("activation_function", "n_embd", "n_head", "n_inner", "n_layer", "rotary_emb_fraction", "vocab_size")
@@ -403,7 +401,7 @@ def test_experts_without_numbers_are_refused(tmp_path: Path) -> None:
 def test_what_the_port_may_ask_in_vain(overrides: dict[str, Any], message: str) -> None:
     """The same of its configuration."""
     with pytest.raises(UnsupportedModelError, match=message):
-        Config.from_hf(SMALL | overrides)
+        Config.from_hf(SIZES | overrides)
 
 
 @pytest.mark.parametrize("field", ["n_embd", "n_head", "n_inner", "n_layer", "vocab_size"])

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from parity import TINY, save_checkpoint
+from parity import SIZES, TINY, save_checkpoint
 from transformers import PreTrainedModel, Qwen2Config, Qwen2Model
 
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.models import architecture
 from jaxembed.models.qwen2 import ARCHITECTURE, ORIGINAL, Config
 
-SIZES = {name: TINY[name] for name in TINY if name != "attn_implementation"} | {"num_key_value_heads": 2}
+SMALL = SIZES | {"num_key_value_heads": 2}
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_defaults_are_those_of_hugging_face() -> None:
 def test_what_is_not_qwen2_is_refused(overrides: dict[str, Any], message: str) -> None:
     """A configuration that asks for another computation never loads as if it did not."""
     with pytest.raises(UnsupportedModelError, match=message):
-        Config.from_hf({**SIZES, **overrides})
+        Config.from_hf({**SMALL, **overrides})
 
 
 REMOTE = {"auto_map": {"AutoModel": "modeling_qwen.Qwen2Model"}, "model_type": "qwen2"}
@@ -92,9 +92,9 @@ def test_parity_of_the_original(theta: float, parity: Callable[..., None]) -> No
 
 def test_the_original_by_its_class() -> None:
     """The remote class leads to its own reading of config.json, the model_type alone to transformers'."""
-    assert architecture({**SIZES, **REMOTE}) is ORIGINAL
-    assert architecture({**SIZES, "model_type": "qwen2"}) is ARCHITECTURE
-    assert ORIGINAL.config({**SIZES, **REMOTE, "is_causal": False, "sliding_window": 4}).windows == (None, None)
+    assert architecture({**SMALL, **REMOTE}) is ORIGINAL
+    assert architecture({**SMALL, "model_type": "qwen2"}) is ARCHITECTURE
+    assert ORIGINAL.config({**SMALL, **REMOTE, "is_causal": False, "sliding_window": 4}).windows == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -112,4 +112,4 @@ def test_the_original_by_its_class() -> None:
 def test_what_the_original_does_not_know_is_refused(overrides: dict[str, Any], message: str) -> None:
     """transformers' class honours these; the remote code ignores them, or differs from revision to revision."""
     with pytest.raises(UnsupportedModelError, match=message):
-        ORIGINAL.config({**SIZES, **REMOTE, **overrides})
+        ORIGINAL.config({**SMALL, **REMOTE, **overrides})

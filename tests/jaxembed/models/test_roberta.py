@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from parity import TINY
+from parity import SIZES, TINY
 from transformers import (
     CamembertConfig,
     CamembertModel,
@@ -40,5 +40,5 @@ def test_parity(kind: str, overrides: dict[str, Any], parity: Callable[..., None
 
 def test_514_positions_mean_512_tokens() -> None:
     """The places up to the padding token's are never used."""
-    sizes = {name: TINY[name] for name in TINY if name != "attn_implementation"}
+    sizes = SIZES
     assert Config.from_hf({**sizes, "max_position_embeddings": 514, "pad_token_id": 1}).max_length == 512
