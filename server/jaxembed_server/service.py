@@ -122,14 +122,13 @@ class Service:
         """Load and warm the model. Returns when ready or failed: see `state` and `failure`."""
         try:
             self._loaded = await self._load()
+            engine = self._loaded.engine
+            self._batcher = Batcher(engine, max_queue_tokens=self.config.max_queue_tokens, observer=self.metrics.batch)
+            self._refiner = Refiner(engine, self._loaded.buckets, after=self.config.refine_after)
         except Exception as error:  # Whatever it was, the command line reports it and the server stops.
             self.failure = error
             self.state = State.FAILED
             return
-        self._batcher = Batcher(
-            self._loaded.engine, max_queue_tokens=self.config.max_queue_tokens, observer=self.metrics.batch
-        )
-        self._refiner = Refiner(self._loaded.engine, self._loaded.buckets, after=self.config.refine_after)
         self.created = int(time.time())
         if self.state is not State.DRAINING:
             self.state = State.READY

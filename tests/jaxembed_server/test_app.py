@@ -14,6 +14,7 @@ from fakes import FakeEngine, ids_of, loader, vector
 from quart import Quart
 from quart.typing import TestClientProtocol as Client
 
+from jaxembed.buckets import Ladder
 from jaxembed.errors import CheckpointNotFoundError
 from jaxembed.tokenizer import Tokenizer
 from jaxembed.types import NO_TASK
@@ -476,6 +477,27 @@ def test_a_model_that_cannot_be_loaded_is_a_failure_and_not_ready() -> None:
             assert (await client.get("/ready")).status_code == 503
             error = await expect(client, 503, None, "not_ready", input="a")
             assert "nowhere" not in error["message"]
+
+    asyncio.run(main())
+
+
+def test_a_model_that_cannot_be_put_to_work_is_a_failure_too() -> None:
+    """Not a server that says for ever that it is warming."""
+
+    class Halved(FakeEngine):
+        @property
+        def ladder(self) -> Ladder:
+            raise RuntimeError("no shapes")
+
+        @ladder.setter
+        def ladder(self, ladder: Ladder) -> None:
+            pass
+
+    async def main() -> None:
+        app = create_app(ServerConfig(model=NAME), loader(Halved()))
+        async with asyncio.timeout(30), serving(app):
+            service = service_of(app)
+            assert (service.state, str(service.failure)) == (State.FAILED, "no shapes")
 
     asyncio.run(main())
 
