@@ -146,7 +146,7 @@ def serve(port: int) -> int:
 
         def __init__(self) -> None:
             self.ladder = Ladder.default(max_length=256, max_batch_tokens=1024)
-            self.max_in_flight = 1
+            self.side_by_side, self.shares_cores = 1, True
             self.dimension = 384
             vectors = np.random.default_rng(0).standard_normal((1024, self.dimension)).astype(np.float32)
             self._vectors: npt.NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -30,8 +30,8 @@ from jaxembed.types import NO_TASK, Batch, Bucket, Output
 
 __all__ = ["MAX_BATCH_TOKENS", "Compiled", "Engine"]
 
-MAX_BATCH_TOKENS = {"cpu": 1024}
-"""Tokens a dispatch should hold per device, by platform; measured on CPU (docs/numerics.md), a guess elsewhere."""
+MAX_BATCH_TOKENS = {"cpu": 512}
+"""Tokens a dispatch should hold per device, by platform; measured on CPU (docs/performance.md), a guess elsewhere."""
 OTHER_BATCH_TOKENS = 16_384
 
 LADDERS = "ladders"
@@ -63,11 +63,11 @@ class Engine:
         output: what the executables give of each row.
 
     Attributes:
-        max_in_flight: batches of a server that run at a time. On CPU a short request runs beside one long batch, and
-            behind two it would wait for most of them; elsewhere a second one waits on the device while the first runs.
-        side_by_side: batches of a large job that run at a time, each called from a thread of its own. On CPU one
-            computes while the other's threads wait for each other (docs/performance.md). Where several devices share
-            a CPU, one at a time, whoever calls.
+        side_by_side: batches that run at a time, each called from a thread of its own. On CPU one computes while the
+            other's threads wait for each other (docs/performance.md); elsewhere one waits on the device while the other
+            runs. Where several devices share a CPU, one at a time, whoever calls.
+        shares_cores: batches that run at a time take the cores from one another, and from whatever is started beside
+            them, as on CPU; elsewhere they run one after the other.
     """
 
     def __init__(
@@ -96,9 +96,9 @@ class Engine:
             max_length=model.max_length, max_batch_tokens=self.max_batch_tokens, batch_multiple=devices
         )
         self.allow(self.ladder)
-        self.max_in_flight = 1 if self.platform == "cpu" else 2
+        self.shares_cores = self.platform == "cpu"
         several = model.mesh.size > 1
-        self.side_by_side = 1 if several and self.platform == "cpu" else 2
+        self.side_by_side = 1 if several and self.shares_cores else 2
         # Devices that wait for one another must all get their batches in the same order; and on CPU, where they share
         # their threads, one batch at a time.
         self._order: AbstractContextManager[object] = threading.Lock() if several else nullcontext()

@@ -5,7 +5,7 @@
    them into the batch that holds the most urgent one. It never waits while there is work and the device is idle:
    no timer, no poll. A batch is what queued up while the device was busy.
 3. One batch more than the device runs is made ahead. While a batch of long requests runs, short requests do not wait
-   for it: they run beside it, in small batches; and on CPU a second batch of short requests beside a first one.
+   for it: they run beside it, in small batches.
 4. The engine runs the batch; rows go to their requests by the owner index that travels in it.
 5. Every way out completes the request's future: result, error, cancellation, shutdown.
 
@@ -49,7 +49,8 @@ class Engine(Protocol):
     """What the batcher needs of an engine."""
 
     ladder: Ladder
-    max_in_flight: int
+    side_by_side: int
+    shares_cores: bool
 
     @property
     def dimension(self) -> int:
@@ -102,7 +103,7 @@ class Batcher:
         self._queue = FairQueue[Job](engine.ladder)
         self._queued_tokens = 0
         self._jobs: set[Job] = set()
-        self._turns = Turns(self._queue, engine.max_in_flight)
+        self._turns = Turns(self._queue, engine.side_by_side, shared=engine.shares_cores)
         self._run_tokens = 0.0
         self._run_seconds = 0.0
         self._draining = False
@@ -111,7 +112,7 @@ class Batcher:
         self._idle.set()
         self._threads = [
             threading.Thread(target=self._work, name=f"{DEVICE_THREAD}{i}", daemon=True)
-            for i in range(engine.max_in_flight + 2)
+            for i in range(engine.side_by_side + 2)
         ]
         for thread in self._threads:
             thread.start()

@@ -17,11 +17,10 @@ from jaxembed.types import Bucket, Encoding
 
 __all__ = ["SHORT", "FairQueue", "Flow", "Waiting"]
 
-WINDOW = 2
+WINDOW = 4
 """How many full batches of rows are looked at to plan one: more would pad less and overtake more."""
 
-
-SHORT = 8
+SHORT = 4
 """A request of at most the largest batch over this is short: it may run beside another batch (`take_short`)."""
 
 

@@ -2,6 +2,8 @@
 
 Ordinary batches wait for their turns: the engine runs so many of them at a time, and one more is made ahead, if there
 are rows for a full one: a smaller one might still grow. Batches of short requests alone may run beside them, at once.
+Where all of them share cores, such a batch waits for each operation of two long ones, and for hardly any of a single
+one: so as long as short requests come, long batches run one at a time.
 """
 
 import heapq
@@ -12,9 +14,12 @@ from jaxembed.buckets import Ladder
 from jaxembed.types import Bucket
 from jaxembed_server.fair_queue import SHORT, FairQueue, Flow, Waiting
 
-__all__ = ["Taken", "Turns"]
+__all__ = ["CALM", "Taken", "Turns"]
 
 F = TypeVar("F", bound=Flow)
+
+CALM = 16
+"""After so many long batches without a short request, they no longer run one at a time for the sake of the next one."""
 
 
 class Taken(NamedTuple, Generic[F]):
@@ -48,11 +53,15 @@ class Turns(Generic[F]):
     Args:
         queue: the rows that wait.
         at_a_time: ordinary batches that the engine runs.
+        shared: they share cores, rather than wait for one another on a device.
     """
 
-    def __init__(self, queue: FairQueue[F], at_a_time: int) -> None:
+    def __init__(self, queue: FairQueue[F], at_a_time: int, *, shared: bool) -> None:
         self._queue = queue
         self._at_a_time = at_a_time
+        self._shared = shared
+        # Long batches until no more short requests are reckoned with.
+        self._reckoned = 0
         # Ordinary batches from `take` to `over`.
         self._ordinary = 0
         self._prepared: list[Waiting[F]] = []
@@ -86,7 +95,7 @@ class Turns(Generic[F]):
 
     def may_run(self, taken: Taken[F]) -> bool:
         """Whether it is the turn of a batch that is ready: the engine is free and none that is ready is more urgent."""
-        return len(self._running) < self._at_a_time and self._prepared[0] is taken.first
+        return len(self._running) < self._allowed and self._prepared[0] is taken.first
 
     def begin(self, taken: Taken[F], flows: int) -> bool:
         """Let a batch run whose turn it is.
@@ -100,6 +109,7 @@ class Turns(Generic[F]):
             self._queue.give_back(taken.rows)
             return False
         self._running.append(taken)
+        self._reckoned = max(0, self._reckoned - taken.long)
         self._queue.ran(taken.rows, flows)
         return True
 
@@ -115,31 +125,39 @@ class Turns(Generic[F]):
             self._ordinary -= 1
 
     @property
+    def _allowed(self) -> int:
+        """Ordinary batches that may run at a time now."""
+        return 1 if self._shared and self._reckoned and self._long_runs else self._at_a_time
+
+    @property
+    def _long_runs(self) -> bool:
+        return any(one.long for one in self._running)
+
+    @property
     def _ordinary_wanted(self) -> bool:
-        """Whether a batch should be made that waits for its turn: the first, or one ahead if it would be full."""
+        """Whether a batch should be made that waits for its turn: the first, or one ahead if it would be full.
+
+        Where batches share cores, a part of which a single one leaves idle, also the one that may run beside the first,
+        once it would be half as large: sooner, it would be of a row or two.
+        """
         if not self._ordinary:
-            # Beside a batch that is left over from before, one of a row or two would not pay.
+            # Beside a batch that is left over from before, one of a row or two would not pay either.
             return self._half_of(self._beside)
-        return self._queue.full and self._ordinary <= self._at_a_time
+        second = bool(self._shared and self._running and not self._beside and self._ordinary < self._allowed)
+        return (second and self._half_of(self._running)) or (self._queue.full and self._ordinary <= self._allowed)
 
     @property
     def _room_beside(self) -> int:
-        """Tokens of short requests that may start beside what runs; 0 if none.
-
-        Beside a long batch a little, at once. Where the engine runs one batch at a time and that is of short requests,
-        a second one like it, once it would be half as large: small batches leave a part of the cores idle.
-        """
-        if any(one.long for one in self._running):
-            return self._queue.ladder.max_tokens // SHORT
-        alone = self._at_a_time == 1 and self._running and not self._beside
-        if alone and self._half_of(self._running):
-            return self._queue.ladder.max_tokens // 2
-        return 0
+        """Tokens of short requests that may start at once, beside the long batch that runs; 0 if none does."""
+        return self._queue.ladder.max_tokens // SHORT if self._long_runs else 0
 
     def _half_of(self, batches: Iterable[Taken[F]]) -> bool:
         """Whether a batch of what waits would be at least half as large as these together."""
         return self._queue.tokens * 2 >= sum(one.tokens for one in batches)
 
     def _made(self, bucket: Bucket, rows: Sequence[Waiting[F]], *, beside: bool) -> Taken[F]:
-        long = not all(self._queue.short(row.flow) for row in rows)
+        short = [self._queue.short(row.flow) for row in rows]
+        if any(short):
+            self._reckoned = CALM
+        long = not all(short)
         return Taken(bucket, rows, beside, long, sum(len(row.encoding) for row in rows), self._queue.ladder)

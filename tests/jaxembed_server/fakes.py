@@ -37,9 +37,9 @@ class FakeEngine:
         spoil: changes the result before it is returned.
     """
 
-    def __init__(self, ladder: Ladder | None = None, max_in_flight: int = 1) -> None:
+    def __init__(self, ladder: Ladder | None = None, side_by_side: int = 1, *, shares_cores: bool = True) -> None:
         self.ladder = ladder or Ladder(Bucket(b, t) for b in (1, 4) for t in (4, 8, MAX_LENGTH))
-        self.max_in_flight = max_in_flight
+        self.side_by_side, self.shares_cores = side_by_side, shares_cores
         self.dimension = 4
         self.gate = threading.Event()
         self.gate.set()

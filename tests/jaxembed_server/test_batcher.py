@@ -90,7 +90,7 @@ def test_every_request_gets_its_own_rows_in_order(lengths: list[list[int]], in_f
             np.testing.assert_array_equal(result, [vector(row) for row in rows])
         assert batcher.queued_tokens == 0
 
-    engine = FakeEngine(max_in_flight=in_flight)
+    engine = FakeEngine(side_by_side=in_flight)
     run(engine, use)
     assert engine.rows == sum(map(len, requests))
 
@@ -207,8 +207,7 @@ def test_a_row_longer_than_the_ladder_is_refused_at_once() -> None:
 
 
 def test_cancelled_requests_are_not_run() -> None:
-    # Where only one batch may run at a time, a second of short requests would run beside the first.
-    engine = FakeEngine(max_in_flight=2)
+    engine = FakeEngine()
 
     async def use(batcher: Batcher) -> None:
         first = await occupy(engine, batcher)
@@ -361,32 +360,31 @@ def test_short_requests_run_beside_a_bulk_job_and_not_behind_it() -> None:
     )
 
 
-def test_a_second_batch_of_short_requests_runs_beside_a_first() -> None:
-    """Once it would be half as large; a third waits."""
-    engine = FakeEngine(Ladder([Bucket(1, 4), Bucket(4, 4), Bucket(8, 4), Bucket(16, 4)]))
+def test_a_second_batch_runs_beside_a_first() -> None:
+    """Once it would be half as large, and though it is of long requests; a third waits."""
+    engine = FakeEngine(Ladder(Bucket(size, 4) for size in (1, 2, 3)), side_by_side=2)
     engine.held = lambda batch: 7 in batch.input_ids
 
     async def use(batcher: Batcher) -> None:
         hold(engine)
-        first = submit(batcher, (7, 7, 7, 7), (7, 7, 7, 7))
+        first = submit(batcher, *[(7, 7, 7, 7)] * 3)
         await started(engine)
-        small = submit(batcher, (1, 1))
+        small = submit(batcher, (1, 1, 1, 1))
         await asyncio.sleep(0.05)
         assert not small.done()
-        second = submit(batcher, (2, 2))
-        assert [one[0][0] for one in await asyncio.gather(small, second)] == [2, 4]
+        second = submit(batcher, (2, 2, 2, 2))
+        assert [one[0][0] for one in await asyncio.gather(small, second)] == [4, 8]
         assert not first.done()
-        held = submit(batcher, (7, 7, 7, 3), (7, 7, 7, 3))
+        held = submit(batcher, *[(7, 7, 7, 7)] * 2)
         await asyncio.sleep(0.05)
-        third = submit(batcher, (4, 4, 4, 4), (4, 4, 4, 4))
+        third = submit(batcher, *[(4, 4, 4, 4)] * 2)
         await asyncio.sleep(0.05)
         assert not third.done()
         engine.gate.set()
         await asyncio.gather(first, held, third)
 
     run(engine, use)
-    assert [batch.rows for batch in engine.batches[:3]] == [2, 2, 2]
-    assert engine.rows == 8
+    assert [batch.rows for batch in engine.batches] == [3, 2, 2, 2]
 
 
 def test_a_failure_beside_a_bulk_job_is_its_own() -> None:

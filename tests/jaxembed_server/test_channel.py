@@ -172,8 +172,7 @@ def test_what_the_batcher_refuses_and_what_the_engine_raises_is_told() -> None:
 
 def test_a_cancelled_call_is_cancelled_there() -> None:
     async def main() -> None:
-        # Where only one batch may run at a time, the second call would run beside the first.
-        engine = FakeEngine(max_in_flight=2)
+        engine = FakeEngine()
         async with Pair(engine).joined() as pair:
             engine.gate.clear()
             first = asyncio.ensure_future(pair.ask((1, 2)))

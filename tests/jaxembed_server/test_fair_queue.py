@@ -105,7 +105,7 @@ def test_full_is_a_whole_batch_of_tokens() -> None:
 
 def test_short_requests_can_be_taken_alone() -> None:
     """Only while one of theirs is the most urgent, no more tokens than a part of the largest batch; dead ones go."""
-    queue = FairQueue[Flow](Ladder([Bucket(1, 8), Bucket(2, 8), Bucket(8, 8)]))
+    queue = FairQueue[Flow](Ladder([Bucket(1, 8), Bucket(2, 8), Bucket(4, 8)]))
     long, gone, *short = flow(8, 8), flow(2), flow(3), flow(3), flow(3)
     queue.add(long, 0)
     assert queue.take_short(8) is None

@@ -6,10 +6,10 @@ from fakes import encoding
 from jaxembed.buckets import Ladder
 from jaxembed.types import Bucket
 from jaxembed_server.fair_queue import FairQueue, Flow
-from jaxembed_server.turns import Taken, Turns
+from jaxembed_server.turns import CALM, Taken, Turns
 
-LADDER = Ladder(Bucket(size, 8) for size in (1, 2, 4, 8))
-"""A request of up to 8 tokens is short; room for more of them, on one at a time, is 32 tokens."""
+LADDER = Ladder(Bucket(size, 8) for size in (1, 2, 4))
+"""Of up to 32 tokens; a request of up to 8 is short, and there is room for so many beside a long batch."""
 
 
 @pytest.fixture
@@ -25,55 +25,90 @@ def wait(queue: FairQueue[Flow], *lengths: int, priority: int = 0) -> Flow:
     return flow
 
 
-def run(turns: Turns[Flow]) -> Taken[Flow]:
-    """Take an ordinary batch and let it run."""
+def prepared(turns: Turns[Flow]) -> Taken[Flow]:
+    """Take an ordinary batch and make it ready to run."""
     taken = turns.take(1)
     assert taken is not None and not taken.beside
     turns.prepare(taken)
+    return taken
+
+
+def run(turns: Turns[Flow]) -> Taken[Flow]:
+    """Take an ordinary batch and let it run."""
+    taken = prepared(turns)
     assert turns.may_run(taken) and turns.begin(taken, 1)
     return taken
 
 
-def test_nothing_waits(queue: FairQueue[Flow]) -> None:
-    turns = Turns(queue, 1)
+def finish(turns: Turns[Flow], taken: Taken[Flow]) -> None:
+    """A batch has run and its rows are delivered."""
+    if not taken.beside:
+        turns.end(taken)
+    turns.over(taken)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_nothing_waits(queue: FairQueue[Flow], shared: bool) -> None:
+    turns = Turns(queue, 2, shared=shared)
     assert not turns.wanted
     assert turns.take(1) is None
 
 
-def test_one_batch_ahead_if_it_would_be_full(queue: FairQueue[Flow]) -> None:
-    """Of long requests, which nothing runs beside but short ones."""
-    turns = Turns(queue, 1)
-    wait(queue, *[8] * 8)
-    first = run(turns)
-    assert first.long and first.tokens == 64
-    wait(queue, *[8] * 7)
-    assert turns.take(1) is None
-    wait(queue, *[8] * 9)
-    assert turns.wanted
-    ahead = turns.take(1)
-    assert ahead is not None and ahead.tokens == 64
-    turns.prepare(ahead)
+@pytest.mark.parametrize("at_a_time", [1, 2, 3])
+@pytest.mark.parametrize("shared", [True, False])
+def test_as_many_at_a_time_as_the_engine_runs_and_one_ahead(
+    queue: FairQueue[Flow], at_a_time: int, shared: bool
+) -> None:
+    """And no more, however many rows wait."""
+    turns = Turns(queue, at_a_time, shared=shared)
+    wait(queue, *[8] * 40)
+    running = [run(turns) for _ in range(at_a_time)]
+    assert all(one.long and one.tokens == 32 for one in running)
+    ahead = prepared(turns)
     assert not turns.may_run(ahead)
-    # And not two.
     assert turns.take(1) is None
-    turns.end(first)
+    finish(turns, running[0])
     assert turns.may_run(ahead)
 
 
-def test_as_many_at_a_time_as_the_engine_runs(queue: FairQueue[Flow]) -> None:
-    turns = Turns(queue, 2)
-    wait(queue, *[8] * 24)
-    run(turns), run(turns)
-    third = turns.take(1)
-    assert third is not None
-    turns.prepare(third)
-    assert not turns.may_run(third)
+@pytest.mark.parametrize("at_a_time", [1, 2])
+def test_a_batch_on_a_device_is_made_ahead_only_if_it_would_be_full(queue: FairQueue[Flow], at_a_time: int) -> None:
+    """It would wait for the one that runs, and may grow meanwhile."""
+    turns = Turns(queue, at_a_time, shared=False)
+    wait(queue, *[8] * 7)
+    run(turns)
+    assert turns.take(1) is None
+    wait(queue, 8)
+    assert turns.wanted
+    ahead = turns.take(1)
+    assert ahead is not None and ahead.tokens == 32
 
 
-def test_short_requests_beside_a_long_batch(queue: FairQueue[Flow]) -> None:
-    """At once, an eighth of the largest batch at most, and any number of times."""
-    turns = Turns(queue, 1)
-    wait(queue, *[8] * 8)
+@pytest.mark.parametrize("length", [4, 8])
+def test_a_second_batch_on_shared_cores_once_it_would_be_half_as_large(queue: FairQueue[Flow], length: int) -> None:
+    """Of short requests as of long ones; and a third only if it would be full."""
+    queue.ladder = Ladder(Bucket(size, 8) for size in (1, 2, 3))
+    turns = Turns(queue, 2, shared=True)
+    for _ in range(3):
+        wait(queue, length)
+    first = run(turns)
+    assert first.long == (length == 8)
+    wait(queue, length)
+    assert turns.take(4) is None
+    wait(queue, length)
+    assert len(run(turns).rows) == 2
+    wait(queue, length)
+    assert turns.take(6) is None
+    for _ in range(5):
+        wait(queue, length)
+    assert not turns.may_run(prepared(turns))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_short_requests_beside_a_long_batch(queue: FairQueue[Flow], shared: bool) -> None:
+    """At once, a quarter of the largest batch at most, and any number of times."""
+    turns = Turns(queue, 2, shared=shared)
+    wait(queue, *[8] * 4)
     run(turns)
     for _ in range(3):
         wait(queue, 4)
@@ -83,44 +118,46 @@ def test_short_requests_beside_a_long_batch(queue: FairQueue[Flow]) -> None:
     assert turns.take(4) is None
 
 
-@pytest.mark.parametrize("at_a_time", [1, 2])
-def test_short_requests_beside_short_ones(queue: FairQueue[Flow], at_a_time: int) -> None:
-    """One batch, half as large as the first at least, and only where the engine runs one at a time."""
-    turns = Turns(queue, at_a_time)
-    for _ in range(4):
-        wait(queue, 8)
-    first = run(turns)
-    assert not first.long
-    wait(queue, 8)
-    assert turns.take(5) is None
-    wait(queue, 8)
-    assert turns.wanted == (at_a_time == 1)
-    beside = turns.take(6)
-    if at_a_time == 2:
-        assert beside is None
-        return
-    assert beside is not None and beside.beside and len(beside.rows) == 2
-    for _ in range(4):
-        wait(queue, 8)
-    assert turns.take(8) is None
-    # One that is over makes room: the next ordinary batch, as there is enough for half of what runs beside.
-    turns.end(first)
-    turns.over(first)
-    assert not run(turns).beside
-    turns.over(beside)
+def test_long_batches_run_one_at_a_time_while_short_requests_come(queue: FairQueue[Flow]) -> None:
+    """On shared cores: until there have been `CALM` of them without any."""
+    turns = Turns(queue, 2, shared=True)
+    wait(queue, *[8] * 4 * (CALM + 10))
+    both = [run(turns), run(turns)]
+    wait(queue, 4, priority=-1)
+    beside = turns.take(2)
+    assert beside is not None and beside.beside
+    for one in (*both, beside):
+        finish(turns, one)
+    alone = run(turns)
+    for _ in range(CALM - 1):
+        ahead = prepared(turns)
+        assert not turns.may_run(ahead)
+        finish(turns, alone)
+        assert turns.may_run(ahead) and turns.begin(ahead, 1)
+        alone = ahead
+    assert turns.may_run(prepared(turns))
+
+
+def test_long_batches_on_a_device_run_whatever_comes(queue: FairQueue[Flow]) -> None:
+    turns = Turns(queue, 2, shared=False)
+    wait(queue, 4)
+    finish(turns, run(turns))
+    wait(queue, *[8] * 12)
+    run(turns)
+    run(turns)
 
 
 def test_a_batch_that_is_outranked_is_given_up(queue: FairQueue[Flow]) -> None:
     """Its rows wait again, behind what is more urgent; so is one that nobody waits for."""
-    turns = Turns(queue, 1)
-    wait(queue, *[8] * 8, priority=1)
+    turns = Turns(queue, 1, shared=True)
+    wait(queue, *[8] * 4, priority=1)
     taken = turns.take(1)
     assert taken is not None
     turns.prepare(taken)
     urgent = wait(queue, 8)
     assert not turns.begin(taken, 2)
     turns.over(taken)
-    assert queue.tokens == 72
+    assert queue.tokens == 40
     again = run(turns)
     assert again.first.flow is urgent
     turns.end(again)
