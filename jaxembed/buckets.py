@@ -41,7 +41,8 @@ class Ladder:
 
     Attributes:
         max_length: the longest sequence that fits, in tokens.
-        max_tokens: tokens of the largest shape, padding included.
+        batch_tokens: tokens of the largest shape of several rows, padding included; of the largest of all where none
+            has several. A single row may be longer.
         max_rows: rows of the tallest shape.
 
     Raises:
@@ -55,7 +56,8 @@ class Ladder:
         if any(b.batch_size < 1 or b.seq_len < 1 for b in self.buckets):
             raise BucketError(f"a bucket needs a batch size and a length of at least 1: {self}")
         self.max_length = max(b.seq_len for b in self.buckets)
-        self.max_tokens = max(b.tokens for b in self.buckets)
+        several = [b.tokens for b in self.buckets if b.batch_size > 1]
+        self.batch_tokens = max(several or [b.tokens for b in self.buckets])
         self.max_rows = max(b.batch_size for b in self.buckets)
         self._by_length: dict[int, tuple[Bucket, ...]] = {}
 

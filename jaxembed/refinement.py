@@ -34,8 +34,8 @@ WORTH = 0.01
 NEAR = 0.05
 """A shape must save this share of what a batch takes in a larger one: each is to be compiled and held in memory."""
 
-SMALL = 8
-"""Shapes of at most the largest one's tokens over this are timed before they are chosen: they keep least to the fit."""
+SMALL = 4
+"""Shapes of at most a full batch over this are timed before they are chosen: they keep least to the fit."""
 
 ROUNDS = 3
 """How often a shape is timed."""
@@ -222,7 +222,7 @@ def refine(engine: Refinable, counts: npt.NDArray[np.int64]) -> Ladder | None:
 
     likely = Ladder(choose_shapes(wanted.buckets, old.buckets, seconds))
     prepare(engine, likely)
-    small = [one for one in {*old.buckets, *likely.buckets} if one.tokens * SMALL <= likely.max_tokens]
+    small = [one for one in {*old.buckets, *likely.buckets} if one.tokens * SMALL <= likely.batch_tokens]
     measured |= least_seconds(engine, small)
     new = Ladder(choose_shapes(likely.buckets, old.buckets, seconds))
     switch(engine, new)

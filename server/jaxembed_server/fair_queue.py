@@ -21,7 +21,7 @@ WINDOW = 4
 """How many full batches of rows are looked at to plan one: more would pad less and overtake more."""
 
 SHORT = 4
-"""A request of at most the largest batch over this is short: it may run beside another batch (`take_short`)."""
+"""A request of at most a full batch over this is short: it may run beside another batch (`take_short`)."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -84,8 +84,8 @@ class FairQueue(Generic[F]):
 
     @property
     def full(self) -> bool:
-        """Whether the rows would fill the largest batch."""
-        return self.tokens >= self.ladder.max_tokens
+        """Whether the rows would fill a batch."""
+        return self.tokens >= self.ladder.batch_tokens
 
     def add(self, flow: F, priority: int) -> None:
         """Let a flow's rows wait; a lower priority goes first."""
@@ -100,7 +100,8 @@ class FairQueue(Generic[F]):
         """The next batch: the most urgent row and those that go best with it; None if nothing waits."""
         window: list[Waiting[F]] = []
         tokens = 0
-        while self._heap and tokens < WINDOW * self.ladder.max_tokens and len(window) < WINDOW * self.ladder.max_rows:
+        most, rows = WINDOW * self.ladder.batch_tokens, WINDOW * self.ladder.max_rows
+        while self._heap and tokens < most and len(window) < rows:
             row = heapq.heappop(self._heap)
             self.tokens -= len(row.encoding)
             if not row.flow.dead:
@@ -110,7 +111,7 @@ class FairQueue(Generic[F]):
 
     def short(self, flow: Flow) -> bool:
         """Whether a request is so small that running it beside a large batch costs that one little."""
-        return flow.tokens * SHORT <= self.ladder.max_tokens
+        return flow.tokens * SHORT <= self.ladder.batch_tokens
 
     def take_short(self, room: int) -> tuple[Bucket, list[Waiting[F]]] | None:
         """The next batch of short requests alone, of so many tokens at most; None if the most urgent row is of a long

@@ -3,7 +3,7 @@
 Ordinary batches wait for their turns: the engine runs so many of them at a time, and one more is made ahead, if there
 are rows for a full one: a smaller one might still grow. Batches of short requests alone may run beside them, at once.
 Where all of them share cores, such a batch waits for each operation of two long ones, and for hardly any of a single
-one: so as long as short requests come, long batches run one at a time.
+one: so as long as short requests come, long batches run one at a time. So do outsize ones, for the sake of memory.
 """
 
 import heapq
@@ -45,6 +45,11 @@ class Taken(NamedTuple, Generic[F]):
     def first(self) -> Waiting[F]:
         """Its most urgent row."""
         return min(self.rows)
+
+    @property
+    def outsize(self) -> bool:
+        """Whether it holds more than a batch should, as that of a very long row does."""
+        return self.bucket.tokens > self.ladder.batch_tokens
 
 
 class Turns(Generic[F]):
@@ -95,7 +100,8 @@ class Turns(Generic[F]):
 
     def may_run(self, taken: Taken[F]) -> bool:
         """Whether it is the turn of a batch that is ready: the engine is free and none that is ready is more urgent."""
-        return len(self._running) < self._allowed and self._prepared[0] is taken.first
+        free = len(self._running) < self._allowed and not (self._shared and self._running and taken.outsize)
+        return free and self._prepared[0] is taken.first
 
     def begin(self, taken: Taken[F], flows: int) -> bool:
         """Let a batch run whose turn it is.
@@ -127,7 +133,8 @@ class Turns(Generic[F]):
     @property
     def _allowed(self) -> int:
         """Ordinary batches that may run at a time now."""
-        return 1 if self._shared and self._reckoned and self._long_runs else self._at_a_time
+        one = (self._reckoned and self._long_runs) or any(batch.outsize for batch in self._running)
+        return 1 if self._shared and one else self._at_a_time
 
     @property
     def _long_runs(self) -> bool:
@@ -149,7 +156,7 @@ class Turns(Generic[F]):
     @property
     def _room_beside(self) -> int:
         """Tokens of short requests that may start at once, beside the long batch that runs; 0 if none does."""
-        return self._queue.ladder.max_tokens // SHORT if self._long_runs else 0
+        return self._queue.ladder.batch_tokens // SHORT if self._long_runs else 0
 
     def _half_of(self, batches: Iterable[Taken[F]]) -> bool:
         """Whether a batch of what waits would be at least half as large as these together."""

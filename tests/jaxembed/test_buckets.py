@@ -113,8 +113,14 @@ def test_a_ladder_sorts_and_counts_its_buckets() -> None:
     """Order and repetition do not matter; the bounds are over all buckets, not those of one of them."""
     ladder = Ladder([Bucket(8, 4), Bucket(1, 64), Bucket(2, 32), Bucket(1, 64), Bucket(3, 32)])
     assert ladder.buckets == (Bucket(8, 4), Bucket(2, 32), Bucket(1, 64), Bucket(3, 32))
-    assert (len(ladder), ladder.max_length, ladder.max_tokens, ladder.max_rows) == (4, 64, 96, 8)
+    assert (len(ladder), ladder.max_length, ladder.batch_tokens, ladder.max_rows) == (4, 64, 96, 8)
     assert str(ladder) == "{8x4, 2x32, 1x64, 3x32}"
+
+
+def test_a_single_long_row_says_nothing_of_a_batch() -> None:
+    """Unless all shapes are of one row."""
+    assert Ladder([Bucket(1, 100), Bucket(4, 8), Bucket(1, 8)]).batch_tokens == 32
+    assert Ladder([Bucket(1, 100), Bucket(1, 8)]).batch_tokens == 100
 
 
 @pytest.mark.parametrize("wrong", [[], [Bucket(0, 4)], [Bucket(4, 0)], [Bucket(1, 1), Bucket(-1, 8)]])

@@ -181,7 +181,7 @@ def test_the_default_ladder_is_the_model_s_and_the_platform_s(model: Model) -> N
     """Up to the model's length, with the platform's tokens a dispatch."""
     ladder = Engine(model).ladder
     assert ladder.buckets == Ladder.default(max_length=32, max_batch_tokens=MAX_BATCH_TOKENS["cpu"]).buckets
-    assert Engine(model, max_batch_tokens=64).ladder.max_tokens == 64
+    assert Engine(model, max_batch_tokens=64).ladder.batch_tokens == 64
 
 
 @pytest.mark.parametrize("tokens", [0, -1])
@@ -195,7 +195,7 @@ def test_several_devices_get_as_much_each(tiny_folder: Path) -> None:
     """The default ladder grows with the data axis, and every batch divides over it."""
     model = load(tiny_folder, mesh=make_mesh(model_parallel=2))
     ladder = Engine(model, max_batch_tokens=64).ladder
-    assert ladder.max_tokens == 4 * 64
+    assert ladder.batch_tokens == 4 * 64
     assert all(bucket.batch_size % 4 == 0 for bucket in ladder.buckets)
     with pytest.raises(BucketError, match="the bucket 6x8 does not divide over 4 devices"):
         Engine(model, Ladder([Bucket(4, 8), Bucket(6, 8)]))

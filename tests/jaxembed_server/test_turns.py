@@ -138,6 +138,24 @@ def test_long_batches_run_one_at_a_time_while_short_requests_come(queue: FairQue
     assert turns.may_run(prepared(turns))
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_batch_of_a_very_long_row_runs_alone_on_shared_cores(queue: FairQueue[Flow], shared: bool) -> None:
+    """Two of them would take twice the memory, which grows with the square of the length."""
+    queue.ladder = Ladder([Bucket(2, 8), Bucket(1, 100)])
+    turns = Turns(queue, 2, shared=shared)
+    wait(queue, 90, priority=-1)
+    wait(queue, *[8] * 4)
+    first = run(turns)
+    assert first.outsize
+    ahead = prepared(turns)
+    assert not ahead.outsize
+    assert turns.may_run(ahead) == (not shared)
+    finish(turns, first)
+    assert turns.begin(ahead, 1)
+    wait(queue, 90, priority=-1)
+    assert turns.may_run(prepared(turns)) == (not shared)
+
+
 def test_long_batches_on_a_device_run_whatever_comes(queue: FairQueue[Flow]) -> None:
     turns = Turns(queue, 2, shared=False)
     wait(queue, 4)
