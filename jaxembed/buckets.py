@@ -113,6 +113,13 @@ class Ladder:
     def __len__(self) -> int:
         return len(self.buckets)
 
+    def outsize(self, bucket: Bucket) -> bool:
+        """Whether a shape holds more than a batch of several rows does, as one of a single very long row may.
+
+        Two of them at a time would take twice the memory, which grows with the square of the length.
+        """
+        return bucket.tokens > self.batch_tokens
+
     def fitting(self, length: int) -> tuple[Bucket, ...]:
         """For each batch size the shortest bucket that takes `length` tokens, by batch size, smallest first.
 

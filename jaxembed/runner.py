@@ -3,8 +3,8 @@
 1. The inputs are taken in windows, so that memory does not grow with their number beyond the result itself.
 2. A window becomes Encodings; the next window is tokenised while this one runs.
 3. `buckets` plans the window into Batches, longest rows first.
-4. `engine` runs them, two at a time; a shape that is met for the first time is compiled then (a server compiles all of
-   them ahead).
+4. `engine` runs them, two at a time, but very long rows one at a time; a shape that is met for the first time is
+   compiled then (a server compiles all of them ahead).
 5. Rows find their items again by the owner index that travels in the Batch.
 """
 
@@ -129,12 +129,15 @@ class Runner:
             # Referred to until its batches have run (`Engine.adopt`).
             ladder = engine.ladder
             plans = ladder.plan([len(one) for one in encodings])
-            batches = (
-                pack(plan.bucket, [Row(encodings[item], dimensions, normalize, item) for item in plan.items])
-                for plan in plans
-            )
-            for batch, rows in ran(engine, batches, 1 if len(plans) == 1 else engine.side_by_side):
-                yield Done(batch.owners + start, tuple(encodings[item] for item in batch.owners), rows)
+            alone = [plan for plan in plans if ladder.outsize(plan.bucket)]
+            others = [plan for plan in plans if not ladder.outsize(plan.bucket)]
+            for group, at_a_time in ((alone, 1), (others, 1 if len(plans) == 1 else engine.side_by_side)):
+                batches = (
+                    pack(plan.bucket, [Row(encodings[item], dimensions, normalize, item) for item in plan.items])
+                    for plan in group
+                )
+                for batch, rows in ran(engine, batches, at_a_time):
+                    yield Done(batch.owners + start, tuple(encodings[item] for item in batch.owners), rows)
 
 
 def ran(engine: Engine, batches: Iterable[Batch], at_a_time: int) -> Iterator[tuple[Batch, npt.NDArray[np.float32]]]:

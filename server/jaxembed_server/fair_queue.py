@@ -17,7 +17,7 @@ from jaxembed.types import Bucket, Encoding
 
 __all__ = ["SHORT", "FairQueue", "Flow", "Waiting"]
 
-WINDOW = 4
+WINDOW = 8
 """How many full batches of rows are looked at to plan one: more would pad less and overtake more."""
 
 SHORT = 4

@@ -48,8 +48,8 @@ class Taken(NamedTuple, Generic[F]):
 
     @property
     def outsize(self) -> bool:
-        """Whether it holds more than a batch should, as that of a very long row does."""
-        return self.bucket.tokens > self.ladder.batch_tokens
+        """Whether it is of a single very long row (`Ladder.outsize`)."""
+        return self.ladder.outsize(self.bucket)
 
 
 class Turns(Generic[F]):
