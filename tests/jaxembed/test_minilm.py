@@ -140,7 +140,9 @@ def test_any_bucket_of_the_ladder(minilm: Embedder, ours: Vectors, record_proper
     for bucket in minilm.engine.ladder.buckets:
         minilm.engine.compile(bucket)
         fitting = [k for k, encoding in enumerate(encodings) if len(encoding) <= bucket.seq_len]
-        for group in (fitting[: bucket.batch_size], fitting[-bucket.batch_size :], fitting[:1], fitting[-1:]):
+        size = bucket.batch_size
+        full = [fitting[at : at + size] for at in range(0, len(fitting), size)]
+        for group in (*full, fitting[-size:], fitting[:1], fitting[-1:]):
             got = minilm.engine.run(pack(bucket, [Row(encodings[k], 384, True, k) for k in group]))
             worst = max(worst, difference(got, ours[[chosen[k] for k in group]]))
             used.update(group)
