@@ -114,11 +114,12 @@ class Ladder:
         return len(self.buckets)
 
     def outsize(self, bucket: Bucket) -> bool:
-        """Whether a shape holds more than a batch of several rows does, as one of a single very long row may.
+        """Whether a shape holds more than two batches of several rows together, as one of a single very long row may.
 
-        Two of them at a time would take twice the memory, which grows with the square of the length.
+        Two of them at a time would take twice the memory, which grows with the square of the length. A row that is only
+        a little longer than a batch, as 1x512 beside 3x168, is none.
         """
-        return bucket.tokens > self.batch_tokens
+        return bucket.tokens > 2 * self.batch_tokens
 
     def fitting(self, length: int) -> tuple[Bucket, ...]:
         """For each batch size the shortest bucket that takes `length` tokens, by batch size, smallest first.

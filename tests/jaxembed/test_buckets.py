@@ -123,6 +123,14 @@ def test_a_single_long_row_says_nothing_of_a_batch() -> None:
     assert Ladder([Bucket(1, 100), Bucket(1, 8)]).batch_tokens == 100
 
 
+@pytest.mark.parametrize(("length", "outsize"), [(168, False), (512, False), (1008, False), (1009, True), (8192, True)])
+def test_a_row_is_very_long_beyond_two_batches(length: int, outsize: bool) -> None:
+    """One as long as a batch may be, 512 tokens, is not, though the chosen shapes of several rows end at 504."""
+    ladder = Ladder([Bucket(3, 168), Bucket(1, 168), Bucket(1, length)])
+    assert ladder.outsize(Bucket(1, length)) == outsize
+    assert not ladder.outsize(Bucket(3, 168))
+
+
 @pytest.mark.parametrize("wrong", [[], [Bucket(0, 4)], [Bucket(4, 0)], [Bucket(1, 1), Bucket(-1, 8)]])
 def test_an_impossible_ladder_is_refused(wrong: list[Bucket]) -> None:
     """No buckets, or one without rows or tokens."""
