@@ -133,8 +133,8 @@ class Turns(Generic[F]):
     @property
     def _allowed(self) -> int:
         """Ordinary batches that may run at a time now."""
-        one = (self._reckoned and self._long_runs) or any(batch.outsize for batch in self._running)
-        return 1 if self._shared and one else self._at_a_time
+        alone = (self._reckoned and self._long_runs) or any(one.outsize for one in self._running)
+        return 1 if self._shared and alone else self._at_a_time
 
     @property
     def _long_runs(self) -> bool:
