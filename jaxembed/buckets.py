@@ -7,9 +7,9 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxembed.errors import BucketError
-from jaxembed.types import NO_TASK, Batch, Bucket, Encoding
+from jaxembed.types import PADDING, Batch, Bucket, Column, Encoding
 
-__all__ = ["DISPATCH_TOKENS", "Ladder", "Plan", "Row", "pack"]
+__all__ = ["DISPATCH_TOKENS", "Ladder", "Plan", "Row", "empty", "pack"]
 
 DISPATCH_TOKENS = 16
 """What one more dispatch costs, in tokens of computation: the planner's price for splitting a group of rows."""
@@ -160,16 +160,22 @@ class Ladder:
         if n == 0:
             return []
         order = sorted(range(n), key=lengths.__getitem__, reverse=True)
-        # best[i]: least cost of placing the i-th row and all shorter ones; from the shortest upwards.
-        best = [0] * (n + 1)
+        # best[i]: least cost of placing the i-th row and all shorter ones; from the shortest upwards. Behind the last
+        # row nothing costs anything, however far a bucket reaches.
+        best = [0] * (n + self.max_rows)
         choice: list[Bucket] = [self.buckets[0]] * n
+        length, options = -1, []
         for i in range(n - 1, -1, -1):
-            least = None
-            for bucket in self.fitting(lengths[order[i]]):
-                cost = bucket.tokens + DISPATCH_TOKENS + best[min(i + bucket.batch_size, n)]
-                if least is None or cost < least:
-                    least, choice[i] = cost, bucket
-            assert least is not None
+            if lengths[order[i]] != length:
+                length = lengths[order[i]]
+                options = [
+                    (bucket.batch_size, bucket.tokens + DISPATCH_TOKENS, bucket) for bucket in self.fitting(length)
+                ]
+            (size, cost, choice[i]), *others = options
+            least = cost + best[i + size]
+            for size, cost, bucket in others:
+                if cost + best[i + size] < least:
+                    least, choice[i] = cost + best[i + size], bucket
             best[i] = least
         plans = []
         i = 0
@@ -219,22 +225,29 @@ def pack(bucket: Bucket, rows: Sequence[Row]) -> Batch:
     if len(rows) > bucket.batch_size or any(len(row.encoding) > bucket.seq_len for row in rows):
         longest = max(len(row.encoding) for row in rows)
         raise BucketError(f"{len(rows)} rows of up to {longest} tokens do not fit the bucket {bucket}")
-    shape = (bucket.batch_size,)
-    input_ids = np.zeros(bucket, np.int32)
-    lengths: npt.NDArray[np.int32] = np.zeros(shape, np.int32)
-    prompt_lengths: npt.NDArray[np.int32] = np.zeros(shape, np.int32)
-    dimensions: npt.NDArray[np.int32] = np.ones(shape, np.int32)
-    normalize: npt.NDArray[np.bool_] = np.zeros(shape, np.bool_)
-    second_starts: npt.NDArray[np.int32] = np.zeros(shape, np.int32)
-    tasks: npt.NDArray[np.int32] = np.full(shape, NO_TASK, np.int32)
-    for i, row in enumerate(rows):
-        ids, attended = row.encoding.ids, row.encoding.attended
-        input_ids[i, : len(ids)] = ids
-        lengths[i] = len(ids) if attended is None else attended
-        prompt_lengths[i] = row.encoding.prompt_length
-        dimensions[i] = row.dimensions
-        normalize[i] = row.normalize
-        second_starts[i] = row.encoding.second_start
-        tasks[i] = row.encoding.task
-    owners = np.fromiter((row.owner for row in rows), np.int64, len(rows))
-    return Batch(bucket, input_ids, lengths, prompt_lengths, dimensions, normalize, second_starts, tasks, owners)
+    batch = empty(bucket, [row.owner for row in rows])
+    if not rows:
+        return batch
+    encodings = [row.encoding for row in rows]
+    ids = [one.ids for one in encodings]
+    lengths = np.array([len(one) for one in ids])
+    # All rows at once: a batch for an accelerator has a thousand, and takes it no longer than a loop over them would.
+    told: dict[Column, list[int]] = {
+        Column.LENGTH: [len(one) if one.attended is None else one.attended for one in encodings],
+        Column.PROMPT_LENGTH: [one.prompt_length for one in encodings],
+        Column.DIMENSIONS: [row.dimensions for row in rows],
+        Column.NORMALIZE: [row.normalize for row in rows],
+        Column.SECOND_START: [one.second_start for one in encodings],
+        Column.TASK: [one.task for one in encodings],
+    }
+    for column, values in told.items():
+        batch.column(column)[: len(rows)] = values
+    batch.input_ids[: len(rows)][np.arange(bucket.seq_len) < lengths[:, None]] = np.concatenate(ids)
+    return batch
+
+
+def empty(bucket: Bucket, owners: Sequence[int] = ()) -> Batch:
+    """A batch of nothing but padding, as far as is known yet."""
+    table: npt.NDArray[np.int32] = np.zeros((bucket.batch_size, len(Column) + bucket.seq_len), np.int32)
+    table[:, : len(Column)] = [PADDING[column] for column in Column]
+    return Batch(bucket, table, np.array(owners, np.int64))

@@ -8,7 +8,7 @@ import json
 import threading
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -17,22 +17,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxembed import cache
-from jaxembed.buckets import Ladder
+from jaxembed.buckets import Ladder, empty
 from jaxembed.errors import BucketError
 from jaxembed.executables import facts, has, load_or_compile
-from jaxembed.layers import Tokens
+from jaxembed.layers import FUSED_LENGTH, Tokens, right_padded
 from jaxembed.loading import Model
 from jaxembed.sharding import DATA, batch_sharding
-from jaxembed.types import NO_TASK, Batch, Bucket, Output
+from jaxembed.types import Batch, Bucket, Column, Output
 
 __all__ = ["MAX_BATCH_TOKENS", "Compiled", "Engine"]
 
 MAX_BATCH_TOKENS = {"cpu": 512}
-"""Tokens a dispatch should hold per device, by platform; measured on CPU (docs/performance.md), a guess elsewhere."""
+"""Tokens a dispatch should hold per device, by platform (docs/performance.md)."""
 OTHER_BATCH_TOKENS = 16_384
+"""On others; measured on a GPU, a guess for TPU."""
 
 LADDERS = "ladders"
 """What they are called in the cache."""
@@ -189,10 +190,10 @@ class Engine:
         with self._compiling[bucket]:
             if bucket not in self._executables:
                 executable, cached = load_or_compile(
-                    cache.current(), self.model, self.output, bucket, lambda: self._lower(bucket).compile()
+                    cache.current(), self.model, self.output, bucket, lambda: self._compile(bucket)
                 )
                 # The first run of an executable allocates and is slow: it happens here, not on a request.
-                jax.block_until_ready(executable(self.model.leaves, *self._arguments(empty(bucket))))
+                jax.block_until_ready(executable(self.model.leaves, empty(bucket).table))
                 with self._lock:
                     self._executables[bucket] = executable
                     for ladder, held in self._held.items():
@@ -214,7 +215,7 @@ class Engine:
         if executable is None:
             raise self._unknown(batch.bucket)
         with self._order:
-            result: jax.Array = executable(self.model.leaves, *self._arguments(batch))
+            result: jax.Array = executable(self.model.leaves, batch.table)
             if self.side_by_side == 1:
                 result.block_until_ready()
         return np.asarray(result)[: batch.rows]
@@ -228,71 +229,54 @@ class Engine:
         with self._lock:
             return any(bucket in ladder.buckets for ladder in self._held)
 
-    def _arguments(self, batch: Batch) -> tuple[npt.NDArray[Any], ...]:
-        return (
-            batch.input_ids,
-            batch.lengths,
-            batch.prompt_lengths,
-            batch.dimensions,
-            batch.normalize,
-            batch.second_starts,
-            batch.tasks,
-        )
+    def _compile(self, bucket: Bucket) -> Any:
+        return self._lower(bucket).compile(compiler_options=compiler_options(self.model, self.platform, bucket))
 
     def _lower(self, bucket: Bucket) -> Any:
         mesh = self.model.mesh
-        specs = [
-            jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=batch_sharding(mesh, array.ndim))
-            for array in self._arguments(empty(bucket))
-        ]
+        table = empty(bucket).table
+        spec = jax.ShapeDtypeStruct(table.shape, table.dtype, sharding=batch_sharding(mesh, table.ndim))
         leaves = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in self.model.leaves)
         function = partial(forward, self.model, self.output)
         ndim = 3 if self.output is Output.TOKENS else 2
-        return jax.jit(function, out_shardings=batch_sharding(mesh, ndim)).lower(leaves, *specs)
+        return jax.jit(function, out_shardings=batch_sharding(mesh, ndim)).lower(leaves, spec)
+
+
+def compiler_options(model: Model, platform: str, bucket: Bucket) -> dict[str, bool] | None:
+    """What XLA is told for one shape.
+
+    On a GPU it tries out many kernels of Triton for each product, for half a minute a shape in float32, and ends up no
+    faster than with the library's (docs/performance.md); but for attention over a few tokens in bfloat16.
+    """
+    if platform != "gpu":
+        return None
+    return {"xla_gpu_enable_triton_gemm": model.dtype == "bfloat16" and bucket.seq_len < FUSED_LENGTH}
 
 
 def forward(
     model: Model,
     output: Output,
     leaves: tuple[jax.Array, ...],
-    input_ids: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
-    prompt_lengths: Int[Array, " B"],
-    dimensions: Int[Array, " B"],
-    normalize: Bool[Array, " B"],
-    second_starts: Int[Array, " B"],
-    tasks: Int[Array, " B"],
+    table: Int[Array, "B _"],
 ) -> Float[Array, "B *shape"]:
-    """What each executable computes; the arguments are those of `types.Batch`."""
+    """What each executable computes of `Batch.table`."""
+    told = {column: table[:, column] for column in Column}
+    input_ids = table[:, len(Column) :]
     positions = jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None, :]
-    seconds = second_starts[:, None]
+    seconds = told[Column.SECOND_START][:, None]
     tokens = Tokens(
         input_ids=input_ids,
-        mask=positions < lengths[:, None],
+        mask=positions < told[Column.LENGTH][:, None],
         token_types=((seconds > 0) & (positions >= seconds)).astype(jnp.int32),
-        tasks=tasks,
+        tasks=told[Column.TASK],
     )
-    return model.compute(output, leaves, tokens, prompt_lengths, dimensions, normalize)
-
-
-def empty(bucket: Bucket) -> Batch:
-    """A batch of nothing but padding."""
-    rows = bucket.batch_size
-    zeros = np.zeros(rows, np.int32)
-    return Batch(
-        bucket=bucket,
-        input_ids=np.zeros(bucket, np.int32),
-        lengths=zeros,
-        prompt_lengths=zeros,
-        dimensions=np.ones(rows, np.int32),
-        normalize=np.zeros(rows, np.bool_),
-        second_starts=zeros,
-        tasks=np.full(rows, NO_TASK, np.int32),
-        owners=np.zeros(0, np.int64),
-    )
+    normalize = told[Column.NORMALIZE] > 0
+    with right_padded():
+        return model.compute(output, leaves, tokens, told[Column.PROMPT_LENGTH], told[Column.DIMENSIONS], normalize)
 
 
 def full(bucket: Bucket) -> Batch:
     """A batch without padding."""
-    rows = bucket.batch_size
-    return replace(empty(bucket), lengths=np.full(rows, bucket.seq_len, np.int32), owners=np.arange(rows))
+    batch = empty(bucket, range(bucket.batch_size))
+    batch.column(Column.LENGTH)[:] = bucket.seq_len
+    return batch

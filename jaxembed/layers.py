@@ -5,8 +5,10 @@ residual stream, norms, softmax and biases are float32 always. Letters in shapes
 D width, N heads, H head width, F feed-forward, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import jax
@@ -19,6 +21,7 @@ from jaxembed.types import NO_TASK
 
 __all__ = [
     "ACTIVATIONS",
+    "FUSED_LENGTH",
     "Embedding",
     "LayerNorm",
     "Linear",
@@ -29,6 +32,7 @@ __all__ = [
     "linear",
     "matmul",
     "parameter",
+    "right_padded",
     "split_heads",
 ]
 
@@ -88,6 +92,9 @@ def linear(x: Float[Array, "B T In"], kernel: Float[Array, "Out In"]) -> Float[A
 
     XLA's matrix product on CPU repacks its second operand at every call. For few tokens that takes longer than the
     product itself, unless the second operand is the tokens and the kernel the first, whose rows are read as they lie.
+
+    On accelerators a product in bfloat16 is summed up in float32 and written as bfloat16: half the memory to write and
+    to read again, which takes them longer than the product (docs/performance.md).
     """
 
     def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -96,10 +103,15 @@ def linear(x: Float[Array, "B T In"], kernel: Float[Array, "Out In"]) -> Float[A
     def turned(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return jnp.moveaxis(matmul("OI,BTI->OBT", kernel, x, kernel.dtype), 0, -1)
 
+    def narrow(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        product = jnp.einsum("BTI,OI->BTO", x.astype(kernel.dtype), kernel, preferred_element_type=kernel.dtype)
+        return product.astype(jnp.float32)
+
     tokens = x.shape[0] * x.shape[1]
-    if tokens > FEW_TOKENS or (kernel.dtype == jnp.bfloat16 and tokens % ABREAST):
-        return plain(x, kernel)
-    product: jax.Array = jax.lax.platform_dependent(x, kernel, cpu=turned, default=plain)
+    half = kernel.dtype == jnp.bfloat16
+    on_cpu = plain if tokens > FEW_TOKENS or (half and tokens % ABREAST) else turned
+    elsewhere = narrow if half else plain
+    product: jax.Array = jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=elsewhere)
     return product
 
 
@@ -235,6 +247,10 @@ def attention(
 ) -> Float[Array, "B T ND"]:
     """Scaled dot-product attention, softmax(Q K^T * scale + bias) V (https://arxiv.org/abs/1706.03762).
 
+    On a GPU in bfloat16, for rows of `FUSED_LENGTH` tokens and more, by cuDNN's fused kernel, which never writes the
+    scores: if each query sees all keys of the mask and has a head of keys of its own, and under `right_padded`.
+    Otherwise by products that XLA compiles.
+
     Args:
         query, key, value: heads side by side in the last axis, float32.
         mask: keys that may be seen.
@@ -251,10 +267,86 @@ def attention(
         float32, heads side by side again.
     """
     kv_heads = num_key_value_heads or num_heads
+    width = query.shape[2] // num_heads
+    scale = float(width) ** -0.5 if scale is None else scale
+    plain = partial(
+        plain_attention, heads=(num_heads, kv_heads), dtype=dtype, scale=scale, bias=bias, causal=causal, window=window
+    )
+    full = bias is None and window is None and not causal and kv_heads == num_heads
+    takes = dtype == jnp.bfloat16 and width % 8 == 0 and width <= 128 and query.shape[1] >= FUSED_LENGTH
+    if not (full and takes and RIGHT_PADDED.get() and has_fused_attention()):
+        return plain(query, key, value, mask)
+    fused = partial(fused_attention, num_heads=num_heads, scale=scale)
+    mixed: jax.Array = jax.lax.platform_dependent(query, key, value, mask, cuda=fused, default=plain)
+    return mixed
+
+
+FUSED_LENGTH = 64
+"""Tokens from which the fused kernel is faster than XLA's products (docs/performance.md)."""
+
+
+RIGHT_PADDED: ContextVar[bool] = ContextVar("RIGHT_PADDED", default=False)
+
+
+@contextmanager
+def right_padded() -> Iterator[None]:
+    """While a function is traced in here, each mask holds the first tokens of its rows, as it does for every Batch.
+
+    A kernel that is told how many keys there are, and not which, may then be used.
+    """
+    before = RIGHT_PADDED.set(True)
+    try:
+        yield
+    finally:
+        RIGHT_PADDED.reset(before)
+
+
+@lru_cache(maxsize=1)
+def has_fused_attention() -> bool:
+    """Whether this process has NVIDIA GPUs that cuDNN's fused attention runs on: Ampere or newer."""
+    try:
+        devices = jax.devices("cuda")
+    except RuntimeError:
+        return False
+    return all(float(device.compute_capability) >= 8.0 for device in devices)
+
+
+def fused_attention(
+    query: Float[Array, "B T ND"],
+    key: Float[Array, "B S ND"],
+    value: Float[Array, "B S ND"],
+    mask: Bool[Array, "B S"],
+    *,
+    num_heads: int,
+    scale: float,
+) -> Float[Array, "B T ND"]:
+    """`attention` by cuDNN, in bfloat16. Traced only where there is a GPU: it asks for its version."""
+    q, k, v = (x.astype(jnp.bfloat16).reshape(*x.shape[:2], num_heads, -1) for x in (query, key, value))
+    # A row of padding sees its first token: of no key at all the kernel may make anything.
+    seen = jnp.maximum(jnp.sum(mask, axis=1, dtype=jnp.int32), 1)
+    mixed = jax.nn.dot_product_attention(q, k, v, scale=scale, key_value_seq_lengths=seen, implementation="cudnn")
+    return mixed.reshape(query.shape).astype(jnp.float32)
+
+
+def plain_attention(
+    query: Float[Array, "B T ND"],
+    key: Float[Array, "B S KD"],
+    value: Float[Array, "B S KD"],
+    mask: Bool[Array, "B S"],
+    *,
+    heads: tuple[int, int],
+    dtype: jnp.dtype,
+    scale: float,
+    bias: Float[Array, "_ N T S"] | None,
+    causal: bool,
+    window: int | None,
+) -> Float[Array, "B T ND"]:
+    """`attention` by products that XLA compiles; `heads` of the queries, and of keys and values."""
+    num_heads, kv_heads = heads
     q, k, v = split_heads(query, num_heads), split_heads(key, kv_heads), split_heads(value, kv_heads)
     if kv_heads != num_heads:
         k, v = (jnp.repeat(x, num_heads // kv_heads, axis=1) for x in (k, v))
-    scores = masked_scores(q * (float(q.shape[-1]) ** -0.5 if scale is None else scale), k, mask, dtype)
+    scores = masked_scores(q * scale, k, mask, dtype)
     if bias is not None:
         scores = scores + jnp.broadcast_to(bias, scores.shape)
     near = places(query.shape[1], key.shape[1], causal, window)

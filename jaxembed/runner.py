@@ -137,7 +137,7 @@ class Runner:
                     for plan in group
                 )
                 for batch, rows in ran(engine, batches, at_a_time):
-                    yield Done(batch.owners + start, tuple(encodings[item] for item in batch.owners), rows)
+                    yield Done(batch.owners + start, tuple(encodings[item] for item in batch.owners.tolist()), rows)
 
 
 def ran(engine: Engine, batches: Iterable[Batch], at_a_time: int) -> Iterator[tuple[Batch, npt.NDArray[np.float32]]]:

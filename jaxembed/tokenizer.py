@@ -219,8 +219,16 @@ class Tokenizer:
             limit = (truncate_to or self.max_length) if side is TruncationSide.RIGHT else None
             prompt_length = self._prompt_length(prompt, add_special_tokens, limit)
         prefix, suffix = (self._prefix, self._suffix) if add_special_tokens else (0, 0)
+        found = self._ids(encoded)
+        if (
+            not prompt_length
+            and self._left_out is None
+            and max(map(len, found), default=0) <= (truncate_to or self.max_length)
+        ):
+            # As most are: nothing to cut, nothing to leave out.
+            return [Encoding(ids, task=task) for ids in found]
         encodings = []
-        for index, whole in enumerate(self._ids(encoded)):
+        for index, whole in enumerate(found):
             ids = self._fit(whole, index, truncate_to, side, prefix, suffix)
             # A cut on the left takes the prompt's tokens first, after the leading special ones.
             gone = len(whole) - len(ids) if side is TruncationSide.LEFT else 0

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ __all__ = [
     "Architecture",
     "Batch",
     "Bucket",
+    "Column",
     "Encoding",
     "Layout",
     "Pooling",
@@ -70,36 +71,62 @@ class Bucket(NamedTuple):
         return f"{self.batch_size}x{self.seq_len}"
 
 
+class Column(IntEnum):
+    """What a Batch says of each row beside its token ids, and where."""
+
+    LENGTH = 0
+    """Tokens that attention sees; 0 for a row of padding."""
+    PROMPT_LENGTH = 1
+    """Leading tokens that pooling leaves out."""
+    DIMENSIONS = 2
+    """Matryoshka size."""
+    NORMALIZE = 3
+    """1: L2-normalise this row."""
+    SECOND_START = 4
+    """Where the second text of a pair begins; 0 where there is only one."""
+    TASK = 5
+    """Which of the architecture's tasks it asks for; `NO_TASK` for none."""
+
+
+PADDING = {
+    Column.LENGTH: 0,
+    Column.PROMPT_LENGTH: 0,
+    Column.DIMENSIONS: 1,
+    Column.NORMALIZE: 0,
+    Column.SECOND_START: 0,
+    Column.TASK: NO_TASK,
+}
+"""What a row of padding says."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
     """What one executable is called with. B = bucket.batch_size, T = bucket.seq_len; the first n rows are real.
 
     Attributes:
         bucket: the shape.
-        input_ids: int32 [B, T], right-padded.
-        lengths: int32 [B], tokens per row that attention sees; 0 for a row of padding.
-        prompt_lengths: int32 [B], leading tokens that pooling leaves out.
-        dimensions: int32 [B], matryoshka size per row.
-        normalize: bool [B], L2-normalise this row?
-        second_starts: int32 [B], where the second text of a pair begins; 0 where there is only one.
-        tasks: int32 [B], which of the architecture's tasks each row asks for; `NO_TASK` for none.
+        table: int32 [B, C + T], for each row the C numbers of `Column`, then its token ids, right-padded. One array,
+            since each array is a way of its own to an accelerator.
         owners: int64 [n], which item of the planned queue each real row belongs to.
     """
 
     bucket: Bucket
-    input_ids: Int32
-    lengths: Int32
-    prompt_lengths: Int32
-    dimensions: Int32
-    normalize: npt.NDArray[np.bool_]
-    second_starts: Int32
-    tasks: Int32
+    table: Int32
     owners: npt.NDArray[np.int64]
 
     @property
     def rows(self) -> int:
         """Real rows, n."""
         return len(self.owners)
+
+    @property
+    def input_ids(self) -> Int32:
+        """int32 [B, T], a part of the table."""
+        return self.table[:, len(Column) :]
+
+    def column(self, which: Column) -> Int32:
+        """int32 [B], a part of the table."""
+        return self.table[:, which]
 
 
 class Output(StrEnum):

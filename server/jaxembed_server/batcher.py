@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxembed.buckets import Ladder, Row, pack
-from jaxembed.types import Batch, Bucket, Encoding
+from jaxembed.types import Batch, Bucket, Column, Encoding
 from jaxembed_server.errors import NotReadyError, QueueFullError
 from jaxembed_server.fair_queue import FairQueue, Flow, Waiting
 from jaxembed_server.turns import Taken, Turns
@@ -319,7 +319,7 @@ class Batcher:
             logger.debug("a result came after the event loop had closed")
 
     def _measure(self, batch: Batch, seconds: float) -> None:
-        tokens = int(batch.lengths.sum())
+        tokens = int(batch.column(Column.LENGTH).sum())
         self._observer(batch.bucket, batch.rows, tokens, seconds)
         with self._lock:
             # Tokens and seconds fade separately: their ratio is the rate, and a small batch counts as little as it is.

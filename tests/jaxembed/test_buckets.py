@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from jaxembed.buckets import DISPATCH_TOKENS, Ladder, Row, pack
 from jaxembed.errors import BucketError
-from jaxembed.types import Bucket, Encoding
+from jaxembed.types import PADDING, Bucket, Column, Encoding
 
 buckets = st.builds(Bucket, st.integers(1, 9), st.integers(1, 40))
 ladders = st.lists(buckets, min_size=1, max_size=8)
@@ -184,11 +184,12 @@ def test_impossible_default_ladders_are_refused(arguments: dict[str, int]) -> No
 
 
 rows = st.builds(
-    lambda ids, prompt, dimensions, normalize, owner: Row(
-        Encoding(np.array(ids, np.int32), min(prompt, len(ids))), dimensions, normalize, owner
+    lambda ids, prompt, task, dimensions, normalize, owner: Row(
+        Encoding(np.array(ids, np.int32), min(prompt, len(ids)), len(ids) // 2, task), dimensions, normalize, owner
     ),
     st.lists(st.integers(0, 30_000), max_size=12),
     st.integers(0, 12),
+    st.integers(-1, 3),
     st.integers(1, 384),
     st.booleans(),
     st.integers(0, 10_000),
@@ -205,20 +206,24 @@ def test_pack_and_back(items: list[Row], spare_rows: int, spare_tokens: int) -> 
     assert batch.rows == len(items)
     assert batch.input_ids.shape == tuple(bucket)
     for i, row in enumerate(items):
-        length = batch.lengths[i]
+        length = batch.column(Column.LENGTH)[i]
         np.testing.assert_array_equal(batch.input_ids[i, :length], row.encoding.ids)
         assert not batch.input_ids[i, length:].any()
-        unpacked = (batch.prompt_lengths[i], batch.dimensions[i], batch.normalize[i], batch.owners[i])
-        assert unpacked == (row.encoding.prompt_length, row.dimensions, row.normalize, row.owner)
-    padding = slice(len(items), None)
-    assert not batch.lengths[padding].any()
-    assert not batch.input_ids[padding].any()
-    assert not batch.normalize[padding].any()
-    assert (batch.dimensions[padding] == 1).all()
-    dtypes = (batch.input_ids, batch.lengths, batch.prompt_lengths, batch.dimensions)
-    assert all(array.dtype == np.int32 for array in dtypes)
-    assert batch.normalize.dtype == np.bool_
+        encoding = row.encoding
+        wanted = (length, encoding.prompt_length, row.dimensions, row.normalize, encoding.second_start, encoding.task)
+        assert tuple(batch.table[i, : len(Column)]) == wanted
+        assert batch.owners[i] == row.owner
+    assert (batch.table[len(items) :, : len(Column)] == [PADDING[column] for column in Column]).all()
+    assert not batch.input_ids[len(items) :].any()
+    assert batch.table.dtype == np.int32
     assert batch.owners.dtype == np.int64
+
+
+def test_a_row_that_attention_sees_in_part() -> None:
+    """All its ids are there; its length is what attention sees."""
+    batch = pack(Bucket(1, 8), [Row(Encoding(np.arange(5, dtype=np.int32), attended=3), 4, True, 0)])
+    assert batch.column(Column.LENGTH).tolist() == [3]
+    assert batch.input_ids.tolist() == [[0, 1, 2, 3, 4, 0, 0, 0]]
 
 
 def test_pack_refuses_what_does_not_fit() -> None:

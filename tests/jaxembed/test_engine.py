@@ -13,11 +13,11 @@ from parity import save_checkpoint, tiny_bert
 
 from jaxembed import Bucket, Embedder, Ladder, make_mesh
 from jaxembed.buckets import Row, pack
-from jaxembed.engine import MAX_BATCH_TOKENS, Engine
+from jaxembed.engine import MAX_BATCH_TOKENS, Engine, compiler_options
 from jaxembed.errors import BucketError
-from jaxembed.layers import Tokens
+from jaxembed.layers import FUSED_LENGTH, Tokens
 from jaxembed.loading import Model, load
-from jaxembed.types import Encoding
+from jaxembed.types import Column, Encoding
 
 BUCKET = Bucket(4, 8)
 
@@ -112,9 +112,10 @@ def test_rows_do_not_leak(engine: Engine) -> None:
         np.testing.assert_array_equal(together[0], alone)
     batch = pack(BUCKET, [row(3, seed=1), row(8, seed=2)])
     noise = np.random.default_rng(9).integers(0, 64, BUCKET, np.int32)
-    behind = np.arange(BUCKET.seq_len)[None, :] >= batch.lengths[:, None]
-    noisy = dataclasses.replace(batch, input_ids=np.where(behind, noise, batch.input_ids))
-    np.testing.assert_array_equal(engine.run(noisy), engine.run(batch))
+    behind = np.arange(BUCKET.seq_len)[None, :] >= batch.column(Column.LENGTH)[:, None]
+    expected = engine.run(batch)
+    batch.input_ids[behind] = noise[behind]
+    np.testing.assert_array_equal(engine.run(batch), expected)
 
 
 def test_where_a_row_stands_does_not_matter(engine: Engine) -> None:
@@ -227,3 +228,14 @@ def test_rows_of_padding_are_finite(engine: Engine) -> None:
     """They are thrown away, but a debugger that looks for NaN must not stop at them."""
     all_rows = dataclasses.replace(pack(BUCKET, [row(3)]), owners=np.arange(BUCKET.batch_size))
     assert np.isfinite(engine.run(all_rows)).all()
+
+
+def test_what_xla_is_told_on_a_gpu(tiny_folder: Path) -> None:
+    """No trying out of Triton's kernels, which takes long, where they are no faster; nothing on other platforms."""
+    flag = "xla_gpu_enable_triton_gemm"
+    single, half = (load(tiny_folder, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    few, many = Bucket(4, FUSED_LENGTH - 1), Bucket(4, FUSED_LENGTH)
+    assert compiler_options(half, "gpu", few) == {flag: True}
+    assert compiler_options(half, "gpu", many) == {flag: False}
+    assert compiler_options(single, "gpu", few) == compiler_options(single, "gpu", many) == {flag: False}
+    assert compiler_options(half, "cpu", few) is compiler_options(half, "tpu", many) is None

@@ -1,7 +1,9 @@
 """Each layer against its formula in float64 or against torch."""
 
 import re
+from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +13,21 @@ import torch
 from flax import nnx
 from transformers.activations import ACT2FN
 
+from jaxembed import layers
 from jaxembed.errors import UnsupportedModelError
-from jaxembed.layers import ACTIVATIONS, FEW_TOKENS, Embedding, LayerNorm, Linear, activation, attention, linear, matmul
+from jaxembed.layers import (
+    ACTIVATIONS,
+    FEW_TOKENS,
+    FUSED_LENGTH,
+    Embedding,
+    LayerNorm,
+    Linear,
+    activation,
+    attention,
+    linear,
+    matmul,
+    right_padded,
+)
 
 FLOAT32 = jnp.dtype("float32")
 BFLOAT16 = jnp.dtype("bfloat16")
@@ -93,6 +108,70 @@ def test_attention_in_bfloat16_returns_float32() -> None:
         assert len(re.findall(r"dot_general.*xbf16>, tensor<[0-9x]*xbf16>\) -> tensor<[0-9x]*xf32>", text)) == products
 
 
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """As if there were a GPU: calls for cuDNN's attention are listed, and answered by XLA's."""
+    asked: list[Any] = []
+    true = jax.nn.dot_product_attention
+
+    def stand_in(*arrays: Any, implementation: str, **options: Any) -> Any:
+        asked.append((implementation, arrays[0].dtype))
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return true(*arrays, implementation="xla", **options)
+
+    monkeypatch.setattr(layers, "has_fused_attention", lambda: True)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    return asked
+
+
+def test_fused_attention(asked: list[Any]) -> None:
+    """What cuDNN is given means the same: scale, heads, and lengths in place of the mask; no NaN for a row of none."""
+    q, k, v = normal(4, 64, 16), normal(4, 64, 16, seed=1), normal(4, 64, 16, seed=2)
+    mask = np.arange(64) < np.array([[64], [1], [40], [0]])
+    got = layers.fused_attention(*map(jnp.asarray, (q, k, v, mask)), num_heads=2, scale=8**-0.5)
+    assert asked == [("cudnn", BFLOAT16)]
+    assert got.dtype == jnp.float32
+    assert np.isfinite(got).all()
+    expected = reference_attention(q[:3], k[:3], v[:3], mask[:3], 2)
+    np.testing.assert_allclose(got[:3], expected, atol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "options"),
+    [
+        (True, {}),
+        (False, {"dtype": FLOAT32}),
+        (False, {"causal": True}),
+        (False, {"window": 8}),
+        (False, {"bias": jnp.zeros((1, 2, FUSED_LENGTH, FUSED_LENGTH))}),
+        (False, {"num_heads": 4, "num_key_value_heads": 2}),
+        (False, {"num_heads": 4}),
+        (False, {"length": FUSED_LENGTH - 1}),
+        (False, {"right": False}),
+    ],
+)
+def test_when_attention_is_fused(asked: list[Any], wanted: bool, options: dict[str, Any]) -> None:
+    """Where the kernel takes it and it pays; not with a mask that may have holes. And only on a GPU: here it is not."""
+    length, right = options.pop("length", FUSED_LENGTH), options.pop("right", True)
+    options = {"num_heads": 2, "dtype": BFLOAT16} | options
+    heads, kv_heads = options["num_heads"], options.get("num_key_value_heads", options["num_heads"])
+    q = normal(2, length, 16)
+    k, v = (normal(2, length, 16 * kv_heads // heads, seed=seed) for seed in (1, 2))
+    mask = np.arange(length) < np.array([[length], [3]])
+    call = jax.jit(partial(attention, **options))
+    plain = call(q, k, v, mask)
+    with right_padded() if right else nullcontext():
+        # Traced anew: a new function.
+        got = jax.jit(partial(attention, **options))(q, k, v, mask)
+    assert bool(asked) == wanted
+    np.testing.assert_array_equal(got, plain)
+
+
+def test_there_is_no_fused_attention_without_a_gpu() -> None:
+    """As here."""
+    assert not layers.has_fused_attention()
+
+
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_are_transformers_own(name: str) -> None:
     """Every name in the table means what it means there; "gelu" is the exact one."""
@@ -140,6 +219,17 @@ def test_linear_in_bfloat16(length: int) -> None:
     got = jax.jit(linear)(x, kernel)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, rounded @ np.asarray(kernel, np.float64).T, atol=1e-6)
+
+
+def test_linear_in_bfloat16_elsewhere_writes_bfloat16() -> None:
+    """On accelerators the result of the product is half as large; what is returned is float32 all the same."""
+    call = jax.jit(linear)
+    for platform, written in (("cpu", "f32"), ("cuda", "bf16"), ("tpu", "bf16")):
+        traced = call.trace(normal(2, 16, 5), jnp.asarray(normal(3, 5), BFLOAT16))
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        products = re.findall(r"dot_general.*xbf16>, tensor<[0-9x]*xbf16>\) -> tensor<[0-9x]*x(\w+)>", text)
+        assert products == [written]
+        assert traced.out_info.dtype == jnp.float32
 
 
 def test_parameters_carry_their_axes_and_dtype() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sentence_transformers.sentence_transformer import modules
 
-from jaxembed.types import Batch, Bucket, Encoding, Pooling, PoolingMode
+from jaxembed.types import Batch, Bucket, Column, Encoding, Pooling, PoolingMode
 
 
 def test_bucket_counts_its_padding_and_names_itself() -> None:
@@ -25,11 +25,17 @@ def test_encoding_is_as_long_as_its_ids() -> None:
 
 def test_batch_counts_real_rows() -> None:
     """Rows of padding have no owner."""
-    zeros = np.zeros(4, np.int32)
-    batch = Batch(
-        Bucket(4, 8), np.zeros((4, 8), np.int32), zeros, zeros, zeros, zeros.astype(bool), zeros, zeros, np.arange(3)
-    )
-    assert batch.rows == 3
+    assert Batch(Bucket(4, 8), np.zeros((4, len(Column) + 8), np.int32), np.arange(3)).rows == 3
+
+
+def test_a_batch_is_one_array() -> None:
+    """Its parts are views: whatever is written to one of them is in what goes to the device."""
+    batch = Batch(Bucket(2, 3), np.zeros((2, len(Column) + 3), np.int32), np.arange(2))
+    for column in Column:
+        batch.column(column)[:] = 10 * column
+    batch.input_ids[:] = [[1, 2, 3], [4, 5, 6]]
+    numbers = [10 * column for column in Column]
+    np.testing.assert_array_equal(batch.table, [[*numbers, 1, 2, 3], [*numbers, 4, 5, 6]])
 
 
 def test_values_are_frozen() -> None:

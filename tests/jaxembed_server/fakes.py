@@ -17,7 +17,7 @@ from jaxembed.buckets import Ladder
 from jaxembed.checkpoint import Checkpoint
 from jaxembed.matryoshka import Matryoshka
 from jaxembed.tokenizer import Tokenizer
-from jaxembed.types import Batch, Bucket, Encoding
+from jaxembed.types import Batch, Bucket, Column, Encoding
 from jaxembed_server.config import ServerConfig
 from jaxembed_server.model import Loaded, Progress
 
@@ -62,7 +62,8 @@ class FakeEngine:
         assert not self.held(batch) or self.gate.wait(30), "a test forgot to open the gate"
         if self.failure is not None:
             raise self.failure
-        vectors = np.stack([vector(ids[:n]) for ids, n in zip(batch.input_ids, batch.lengths, strict=True)])
+        lengths = batch.column(Column.LENGTH)
+        vectors = np.stack([vector(ids[:n]) for ids, n in zip(batch.input_ids, lengths, strict=True)])
         return self.spoil(vectors[: batch.rows])
 
     @property

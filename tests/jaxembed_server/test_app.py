@@ -17,7 +17,7 @@ from quart.typing import TestClientProtocol as Client
 from jaxembed.buckets import Ladder
 from jaxembed.errors import CheckpointNotFoundError
 from jaxembed.tokenizer import Tokenizer
-from jaxembed.types import NO_TASK
+from jaxembed.types import NO_TASK, Column
 from jaxembed_server.app import create_app, service_of
 from jaxembed_server.config import ServerConfig
 from jaxembed_server.model import Loaded, Progress
@@ -177,7 +177,7 @@ def test_normalisation_is_the_models_unless_asked_for() -> None:
             await post(client, input="a", **fields)
 
     run(test, engine, model={"normalize": True})
-    assert [bool(batch.normalize[0]) for batch in engine.batches] == [True, False, True]
+    assert [bool(batch.column(Column.NORMALIZE)[0]) for batch in engine.batches] == [True, False, True]
 
 
 def test_a_prompts_name_chooses_the_task() -> None:
@@ -189,7 +189,7 @@ def test_a_prompts_name_chooses_the_task() -> None:
         assert (await post(client, input=[5], prompt_name="document"))[0] == 200
 
     run(test, engine, model={"tasks": ("document", "other", "query")})
-    assert [int(batch.tasks[0]) for batch in engine.batches] == [NO_TASK, 2, 0, NO_TASK, 0]
+    assert [int(batch.column(Column.TASK)[0]) for batch in engine.batches] == [NO_TASK, 2, 0, NO_TASK, 0]
 
 
 @pytest.mark.parametrize(("size", "expected"), [(None, 4), (2, 2), (9, 4)])

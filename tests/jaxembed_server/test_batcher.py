@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jaxembed.buckets import Ladder
 from jaxembed.errors import BucketError
-from jaxembed.types import Bucket
+from jaxembed.types import Bucket, Column
 from jaxembed_server.batcher import Batcher
 from jaxembed_server.errors import NotReadyError, QueueFullError
 
@@ -150,7 +150,8 @@ def test_requests_of_other_sizes_share_a_batch() -> None:
     run(engine, use)
     batch = engine.batches[-1]
     assert batch.rows == 2
-    assert sorted(zip(batch.dimensions.tolist(), batch.normalize.tolist(), strict=True))[-2:] == [(2, False), (3, True)]
+    asked = batch.table[:, [Column.DIMENSIONS, Column.NORMALIZE]].tolist()
+    assert sorted(asked)[-2:] == [[2, False], [3, True]]
 
 
 def test_a_failing_engine_reaches_its_caller_and_no_other() -> None:
