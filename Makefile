@@ -12,7 +12,7 @@ PEERS := $(basename $(notdir $(wildcard bench/peers/*.txt)))
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test parity lint fmt type bench bench-peers warmup clean
+.PHONY: help serve test test-gpu parity lint fmt type bench bench-gpu bench-peers warmup clean
 
 help:  ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,12 @@ $(VENV)/.test: pyproject.toml | $(VENV)/.serve
 	$(PIP) install -e '.[server,test]'
 	@touch $@
 
+# torch in the build with CUDA, the peer of bench-gpu.
+$(VENV)/.gpu: pyproject.toml | $(VENV)/.serve
+	@echo "==> installing JAX and torch with CUDA (once; gigabytes)"
+	$(PIP) install -e '.[server,test,gpu]'
+	@touch $@
+
 $(VENV)/.lint: pyproject.toml | $(VENV)/.serve
 	@echo "==> installing the linters (once)"
 	$(PIP) install -e '.[server,lint]'
@@ -50,6 +56,9 @@ serve: $(VENV)/.serve  ## install and serve the default model at http://127.0.0.
 # A worker a core, but no more than memory has room for; a file's tests share what is costly to make, so they stay together.
 test: $(VENV)/.test  ## install and run the tests (ARGS='-n 0 -k bert')
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+test-gpu: $(VENV)/.gpu  ## on a machine with an NVIDIA GPU: every architecture against its original there, and its own kernels
+	JAXEMBED_TEST_PLATFORMS=cuda,cpu $(BIN)/python -m pytest tests/gpu tests/jaxembed/models $(ARGS)
 
 parity: $(VENV)/.test  ## compare every architecture with its original; the figures go into README.md and docs/numerics.md
 	$(BIN)/python tests/parity_report.py
@@ -78,6 +87,9 @@ type: $(VENV)/.lint  ## types alone
 bench: $(VENV)/.bench  ## engine and HTTP in one quick run of what is installed; bench/README.md has the long ones
 	$(BIN)/python -m bench.engine --quick --no-peers
 	$(BIN)/python -m bench.http --quick --no-peers
+
+bench-gpu: $(VENV)/.gpu  ## the engines for a GPU, ours and sentence-transformers on torch, in one run
+	$(BIN)/python -m bench.engine --accelerator --no-peers $(ARGS)
 
 bench-peers: $(VENV)/.bench $(PEERS:%=.venv-peers/%/.ready)  ## environments of the peers for the long benchmarks (9 GB)
 

@@ -8,7 +8,7 @@ import importlib.util
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,18 @@ import numpy.typing as npt
 from bench.process import WORKERS, Worker, environment
 from jaxembed.checkpoint import resolve
 
-__all__ = ["ABSENT", "ENGINES", "OURS", "REFERENCE", "Spec", "environment_of", "min_cosine", "start"]
+__all__ = [
+    "ABSENT",
+    "ENGINES",
+    "ON_ACCELERATOR",
+    "ON_CPU",
+    "OURS",
+    "REFERENCE",
+    "Spec",
+    "environment_of",
+    "min_cosine",
+    "start",
+]
 
 PEERS = Path(__file__).resolve().parent.parent / ".venv-peers"
 ABSENT = "absent: run make bench-peers"
@@ -44,23 +55,42 @@ class Spec:
 
 
 REFERENCE = "sentence-transformers fp32"
+LARGE = 512
+"""Texts a batch that a GPU is better used with than with sentence-transformers' own 32."""
 OURS = ("jaxembed fp32", "jaxembed fp32 refined", "jaxembed bf16", "jaxembed bf16 refined")
 ST, ONNX = "sentence-transformers", "sentence-transformers-onnx"
+
+SPEC_OF_REFERENCE = Spec(
+    REFERENCE, "engine_sentence_transformers", {"backend": "torch"}, ST, ("sentence_transformers", "torch")
+)
 
 SPECS = (
     *(
         Spec(name, "engine_jaxembed", {"dtype": dtype, "refined": "each" if "refined" in name else "no"})
         for name, dtype in zip(OURS, ("float32", "float32", "bfloat16", "bfloat16"), strict=True)
     ),
-    Spec(REFERENCE, "engine_sentence_transformers", {"backend": "torch"}, ST, ("sentence_transformers", "torch")),
+    SPEC_OF_REFERENCE,
     Spec("sentence-transformers ONNX fp32", "engine_sentence_transformers", {"backend": "onnx"}, ONNX),
     Spec("sentence-transformers OpenVINO fp32", "engine_sentence_transformers", {"backend": "openvino"}, ST),
     Spec("onnxruntime fp32", "engine_onnxruntime", {}, "loops", ("onnxruntime", "tokenizers")),
     Spec("OpenVINO fp32, 2 streams", "engine_openvino", {"precision": "f32"}, "loops", ("openvino", "tokenizers")),
     Spec("OpenVINO bf16, 2 streams", "engine_openvino", {"precision": "bf16"}, "loops", ("openvino", "tokenizers")),
 )
-ENGINES: Mapping[str, Spec] = {spec.name: spec for spec in SPECS}
-"""Name in the tables -> engine. The last ones are the peers."""
+ACCELERATED = (
+    *(spec for spec in SPECS if spec.name in (*OURS, REFERENCE)),
+    *(
+        replace(SPEC_OF_REFERENCE, name=f"{ST} {name}, batches of {LARGE}", options=options)
+        for name, options in (
+            ("fp32", {"backend": "torch", "batch": LARGE}),
+            ("bf16", {"backend": "torch", "batch": LARGE, "dtype": "bfloat16"}),
+        )
+    ),
+)
+"""Those for an accelerator."""
+
+ON_CPU, ON_ACCELERATOR = ({spec.name: spec for spec in specs} for specs in (SPECS, ACCELERATED))
+ENGINES: Mapping[str, Spec] = ON_CPU | ON_ACCELERATOR
+"""Name in the tables -> engine. Ours come first."""
 
 
 def environment_of(home: str | None, needs: tuple[str, ...] = (), *, peers: bool = True) -> str | None:

@@ -123,9 +123,15 @@ def fall_with_parent() -> None:
 
 
 def environment(*, foreign: bool) -> dict[str, str]:
-    """The variables of a process that is measured: no hub, and nothing of ours on a peer's path."""
+    """The variables of a process that is measured: no hub, nothing of ours on a peer's path, a GPU for all of them."""
     kept = {name: value for name, value in os.environ.items() if not (foreign and name == "PYTHONPATH")}
-    return kept | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
+    return kept | {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "true",
+        # JAX would take three quarters of a GPU's memory at once.
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    }
 
 
 def end(process: "subprocess.Popen[bytes]", patience: float = 0.0) -> None:

@@ -1,6 +1,6 @@
 """What every test runs under: eight CPU devices, strict dtypes and ranks, run-time shape checks, no network.
 
-Knows only the library; the server's tests share it.
+`make test-gpu` asks for other devices by JAXEMBED_TEST_PLATFORMS. Knows only the library; the server's tests share it.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 # All of this must stand before the first array, and the hook before the first import of the library.
 assert "jaxembed" not in sys.modules, "jaxembed was imported before its run-time shape checks were installed"
-jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_platforms", os.environ.get("JAXEMBED_TEST_PLATFORMS", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -24,21 +24,26 @@ SETTINGS = {
 
 
 class SentenceTransformers:
-    """`SentenceTransformer.encode` in float32.
+    """`SentenceTransformer.encode`.
 
     Args:
         model: folder; for ONNX and OpenVINO one that `save` wrote, so that no start has to export.
         backend: "torch", "onnx" or "openvino".
         device: of torch; None lets it choose.
+        batch: texts a batch.
+        dtype: of torch: "float32" or "bfloat16".
     """
 
-    def __init__(self, model, backend, device):
+    def __init__(self, model, backend, device, batch=BATCH, dtype="float32"):
         from sentence_transformers import SentenceTransformer
 
         self._model = SentenceTransformer(model, device=device, backend=backend, **SETTINGS[backend])
+        if dtype != "float32":
+            self._model.bfloat16()
+        self._batch = batch
 
     def encode(self, texts):
-        return self._model.encode(list(texts), batch_size=BATCH, show_progress_bar=False)
+        return self._model.encode(list(texts), batch_size=self._batch, show_progress_bar=False).astype("float32")
 
 
 def make(**options):
