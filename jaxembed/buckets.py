@@ -16,6 +16,9 @@ DISPATCH_TOKENS = 16
 
 SHORTEST = 16
 
+NOTHING = np.array([PADDING[column] for column in Column], np.int32)
+"""What a row of padding says."""
+
 
 class Plan(NamedTuple):
     """One batch to be: a shape, and which items of the queue go into it, longest first."""
@@ -226,28 +229,21 @@ def pack(bucket: Bucket, rows: Sequence[Row]) -> Batch:
         longest = max(len(row.encoding) for row in rows)
         raise BucketError(f"{len(rows)} rows of up to {longest} tokens do not fit the bucket {bucket}")
     batch = empty(bucket, [row.owner for row in rows])
-    if not rows:
-        return batch
-    encodings = [row.encoding for row in rows]
-    ids = [one.ids for one in encodings]
-    lengths = np.array([len(one) for one in ids])
-    # All rows at once: a batch for an accelerator has a thousand, and takes it no longer than a loop over them would.
-    told: dict[Column, list[int]] = {
-        Column.LENGTH: [len(one) if one.attended is None else one.attended for one in encodings],
-        Column.PROMPT_LENGTH: [one.prompt_length for one in encodings],
-        Column.DIMENSIONS: [row.dimensions for row in rows],
-        Column.NORMALIZE: [row.normalize for row in rows],
-        Column.SECOND_START: [one.second_start for one in encodings],
-        Column.TASK: [one.task for one in encodings],
-    }
-    for column, values in told.items():
-        batch.column(column)[: len(rows)] = values
-    batch.input_ids[: len(rows)][np.arange(bucket.seq_len) < lengths[:, None]] = np.concatenate(ids)
+    input_ids = batch.input_ids
+    told = []
+    for i, (encoding, dimensions, normalize, _) in enumerate(rows):
+        length = len(encoding.ids)
+        input_ids[i, :length] = encoding.ids
+        seen = length if encoding.attended is None else encoding.attended
+        # In the order of Column, and written all at once: a number at a time takes three times as long.
+        told.append((seen, encoding.prompt_length, dimensions, normalize, encoding.second_start, encoding.task))
+    if told:
+        batch.table[: len(told), : len(Column)] = told
     return batch
 
 
 def empty(bucket: Bucket, owners: Sequence[int] = ()) -> Batch:
     """A batch of nothing but padding, as far as is known yet."""
     table: npt.NDArray[np.int32] = np.zeros((bucket.batch_size, len(Column) + bucket.seq_len), np.int32)
-    table[:, : len(Column)] = [PADDING[column] for column in Column]
+    table[:, : len(Column)] = NOTHING
     return Batch(bucket, table, np.array(owners, np.int64))
