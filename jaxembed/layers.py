@@ -93,8 +93,8 @@ def linear(x: Float[Array, "B T In"], kernel: Float[Array, "Out In"]) -> Float[A
     XLA's matrix product on CPU repacks its second operand at every call. For few tokens that takes longer than the
     product itself, unless the second operand is the tokens and the kernel the first, whose rows are read as they lie.
 
-    On accelerators a product in bfloat16 is summed up in float32 and written as bfloat16: half the memory to write and
-    to read again, which takes them longer than the product (docs/performance.md).
+    On an NVIDIA GPU a product in bfloat16 is summed up in float32 and written as bfloat16: half the memory to write and
+    to read again (docs/performance.md).
     """
 
     def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -110,8 +110,8 @@ def linear(x: Float[Array, "B T In"], kernel: Float[Array, "Out In"]) -> Float[A
     tokens = x.shape[0] * x.shape[1]
     half = kernel.dtype == jnp.bfloat16
     on_cpu = plain if tokens > FEW_TOKENS or (half and tokens % ABREAST) else turned
-    elsewhere = narrow if half else plain
-    product: jax.Array = jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=elsewhere)
+    on_gpu = narrow if half else plain
+    product: jax.Array = jax.lax.platform_dependent(x, kernel, cpu=on_cpu, cuda=on_gpu, default=plain)
     return product
 
 

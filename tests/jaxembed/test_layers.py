@@ -221,10 +221,10 @@ def test_linear_in_bfloat16(length: int) -> None:
     np.testing.assert_allclose(got, rounded @ np.asarray(kernel, np.float64).T, atol=1e-6)
 
 
-def test_linear_in_bfloat16_elsewhere_writes_bfloat16() -> None:
-    """On accelerators the result of the product is half as large; what is returned is float32 all the same."""
+def test_linear_in_bfloat16_on_a_gpu_writes_bfloat16() -> None:
+    """The result of the product is half as large there; what is returned is float32 all the same."""
     call = jax.jit(linear)
-    for platform, written in (("cpu", "f32"), ("cuda", "bf16"), ("tpu", "bf16")):
+    for platform, written in (("cpu", "f32"), ("cuda", "bf16"), ("tpu", "f32")):
         traced = call.trace(normal(2, 16, 5), jnp.asarray(normal(3, 5), BFLOAT16))
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         products = re.findall(r"dot_general.*xbf16>, tensor<[0-9x]*xbf16>\) -> tensor<[0-9x]*x(\w+)>", text)
