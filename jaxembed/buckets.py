@@ -12,7 +12,7 @@ from jaxembed.types import PADDING, Batch, Bucket, Column, Encoding
 __all__ = ["DISPATCH_TOKENS", "Ladder", "Plan", "Row", "empty", "pack"]
 
 DISPATCH_TOKENS = 16
-"""What one more dispatch costs, in tokens of computation: the planner's price for splitting a group of rows."""
+"""What one more dispatch costs on CPU, in tokens of computation: the planner's price for splitting a group of rows."""
 
 SHORTEST = 16
 
@@ -47,6 +47,8 @@ class Ladder:
         batch_tokens: tokens of the largest shape of several rows, padding included; of the largest of all where none
             has several. A single row may be longer.
         max_rows: rows of the tallest shape.
+        dispatch_tokens: what one more dispatch costs, in tokens of computation; an engine that plans by the ladder puts
+            its own price there.
 
     Raises:
         BucketError: no buckets, or one with a size under 1.
@@ -62,7 +64,11 @@ class Ladder:
         several = [b.tokens for b in self.buckets if b.batch_size > 1]
         self.batch_tokens = max(several or [b.tokens for b in self.buckets])
         self.max_rows = max(b.batch_size for b in self.buckets)
+        self.dispatch_tokens = DISPATCH_TOKENS
         self._by_length: dict[int, tuple[Bucket, ...]] = {}
+        self._of_length: dict[int, list[Bucket]] = {}
+        for bucket in sorted(self.buckets, key=lambda b: (b.seq_len, b.batch_size)):
+            self._of_length.setdefault(bucket.seq_len, []).append(bucket)
 
     @classmethod
     def default(cls, *, max_length: int, max_batch_tokens: int, batch_multiple: int = 1) -> "Ladder":
@@ -148,7 +154,7 @@ class Ladder:
         """Put every item into exactly one batch at the least cost.
 
         Rows are sorted by length, longest first, and cut into runs; the cheapest cutting is found exactly by
-        dynamic programming over the cost `bucket.tokens + DISPATCH_TOKENS` per batch.
+        dynamic programming over the cost `bucket.tokens + dispatch_tokens` per batch.
 
         Args:
             lengths: tokens of each item.
@@ -172,7 +178,7 @@ class Ladder:
             if lengths[order[i]] != length:
                 length = lengths[order[i]]
                 options = [
-                    (bucket.batch_size, bucket.tokens + DISPATCH_TOKENS, bucket) for bucket in self.fitting(length)
+                    (bucket.batch_size, bucket.tokens + self.dispatch_tokens, bucket) for bucket in self.fitting(length)
                 ]
             (size, cost, choice[i]), *others = options
             least = cost + best[i + size]
@@ -199,21 +205,30 @@ class Ladder:
         Raises:
             BucketError: item 0 is longer than the ladder.
         """
-        best: Plan | None = None
-        best_rate = 0.0
-        nearest = sorted(range(1, len(lengths)), key=lambda i: abs(lengths[i] - lengths[0]))
-        for bucket in self.buckets:
-            if bucket.seq_len < lengths[0]:
+        first = lengths[0]
+        if first > self.max_length:
+            raise self._too_long(first)
+        others = np.array(lengths[1:], np.int64)
+        # The nearest in length pad the least together, and leave the others to better company.
+        nearest = np.argsort(np.abs(others - first), kind="stable")
+        others = others[nearest]
+        best = (-1.0, 0)
+        chosen, company = self.buckets[0], nearest
+        all_fit = False
+        for seq_len, buckets in self._of_length.items():
+            if seq_len < first:
                 continue
-            # The nearest in length pad the least together, and leave the others to better company.
-            company = [i for i in nearest if lengths[i] <= bucket.seq_len]
-            items = (0, *company[: bucket.batch_size - 1])
-            rate = sum(lengths[i] for i in items) / (bucket.tokens + DISPATCH_TOKENS)
-            if rate > best_rate:
-                best, best_rate = Plan(bucket, items), rate
-        if best is None:
-            raise self._too_long(lengths[0])
-        return best
+            if not all_fit:
+                fits = others <= seq_len
+                all_fit = bool(fits.all())
+                candidates, tokens = nearest[fits], np.cumsum(others[fits])
+            for bucket in buckets:
+                count = min(bucket.batch_size - 1, len(candidates))
+                real = first + int(tokens[count - 1]) if count else first
+                rate = (real / (bucket.tokens + self.dispatch_tokens), -bucket.tokens)
+                if rate > best:
+                    best, chosen, company = rate, bucket, candidates[:count]
+        return Plan(chosen, (0, *(1 + company).tolist()))
 
     def _too_long(self, length: int) -> BucketError:
         return BucketError(f"a sequence of {length} tokens fits no bucket of the ladder {self}")

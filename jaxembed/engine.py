@@ -34,6 +34,8 @@ MAX_BATCH_TOKENS = {"cpu": 512}
 """Tokens a dispatch should hold per device, by platform (docs/performance.md)."""
 OTHER_BATCH_TOKENS = 16_384
 """On others; measured on a GPU, a guess for TPU."""
+OTHER_DISPATCH_TOKENS = 4096
+"""What one more dispatch costs there, in tokens of computation a device (`Ladder.dispatch_tokens`); likewise."""
 
 LADDERS = "ladders"
 """What they are called in the cache."""
@@ -125,6 +127,8 @@ class Engine:
         bad = [bucket for bucket in ladder.buckets if bucket.batch_size % self.batch_multiple]
         if bad:
             raise BucketError(f"the bucket {bad[0]} does not divide over {self.batch_multiple} devices")
+        if self.platform != "cpu":
+            ladder.dispatch_tokens = OTHER_DISPATCH_TOKENS * self.batch_multiple
         with self._lock:
             held = self._held.setdefault(ladder, {})
             for bucket in ladder.buckets:

@@ -17,8 +17,10 @@ from jaxembed.types import Bucket, Encoding
 
 __all__ = ["SHORT", "FairQueue", "Flow", "Waiting"]
 
-WINDOW = 8
-"""How many full batches of rows are looked at to plan one: more would pad less and overtake more."""
+WINDOW = 2
+"""How many full batches of rows are looked at to plan one: more would pad less, overtake more and take longer."""
+WINDOW_TOKENS = 4096
+"""Where batches are small, so many tokens are."""
 
 SHORT = 4
 """A request of at most a full batch over this is short: it may run beside another batch (`take_short`)."""
@@ -53,6 +55,7 @@ class Waiting(NamedTuple, Generic[F]):
     ticket: int
     flow: F
     item: int
+    length: int
 
     @property
     def encoding(self) -> Encoding:
@@ -93,20 +96,21 @@ class FairQueue(Generic[F]):
         tag = self._clock
         for item in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
             tag += lengths[item]
-            heapq.heappush(self._heap, Waiting(priority, tag, next(self._tickets), flow, item))
+            heapq.heappush(self._heap, Waiting(priority, tag, next(self._tickets), flow, item, lengths[item]))
         self.tokens += flow.tokens
 
     def take(self) -> tuple[Bucket, list[Waiting[F]]] | None:
         """The next batch: the most urgent row and those that go best with it; None if nothing waits."""
         window: list[Waiting[F]] = []
         tokens = 0
-        most, rows = WINDOW * self.ladder.batch_tokens, WINDOW * self.ladder.max_rows
+        batches = max(WINDOW, WINDOW_TOKENS // self.ladder.batch_tokens)
+        most, rows = batches * self.ladder.batch_tokens, batches * self.ladder.max_rows
         while self._heap and tokens < most and len(window) < rows:
             row = heapq.heappop(self._heap)
-            self.tokens -= len(row.encoding)
+            self.tokens -= row.length
             if not row.flow.dead:
                 window.append(row)
-                tokens += len(row.encoding)
+                tokens += row.length
         return self._planned(window)
 
     def short(self, flow: Flow) -> bool:
@@ -119,20 +123,20 @@ class FairQueue(Generic[F]):
         window: list[Waiting[F]] = []
         while self._heap:
             row = self._heap[0]
-            if not row.flow.dead and not (self.short(row.flow) and len(row.encoding) <= room):
+            if not row.flow.dead and not (self.short(row.flow) and row.length <= room):
                 break
             heapq.heappop(self._heap)
-            self.tokens -= len(row.encoding)
+            self.tokens -= row.length
             if not row.flow.dead:
                 window.append(row)
-                room -= len(row.encoding)
+                room -= row.length
         return self._planned(window)
 
     def _planned(self, window: list[Waiting[F]]) -> tuple[Bucket, list[Waiting[F]]] | None:
         """The batch with the first of these rows; the rows that are not in it wait again."""
         if not window:
             return None
-        plan = self.ladder.first_batch([len(row.encoding) for row in window])
+        plan = self.ladder.first_batch([row.length for row in window])
         chosen = set(plan.items)
         self.give_back(row for i, row in enumerate(window) if i not in chosen)
         return plan.bucket, [window[i] for i in plan.items]
@@ -142,7 +146,7 @@ class FairQueue(Generic[F]):
         for row in rows:
             if not row.flow.dead:
                 heapq.heappush(self._heap, row)
-                self.tokens += len(row.encoding)
+                self.tokens += row.length
 
     def outranks(self, row: Waiting[F]) -> bool:
         """Whether a row that waits is more urgent than this one."""
@@ -150,7 +154,7 @@ class FairQueue(Generic[F]):
 
     def ran(self, rows: Sequence[Waiting[F]], flows: int) -> None:
         """Move virtual time on: these rows are being run while so many flows share the engine."""
-        self._clock += sum(len(row.encoding) for row in rows) / max(1, flows)
+        self._clock += sum(row.length for row in rows) / max(1, flows)
 
     def clear(self) -> None:
         """Forget all rows."""

@@ -167,4 +167,4 @@ class Turns(Generic[F]):
         if any(short):
             self._reckoned = CALM
         long = not all(short)
-        return Taken(bucket, rows, beside, long, sum(len(row.encoding) for row in rows), self._queue.ladder)
+        return Taken(bucket, rows, beside, long, sum(row.length for row in rows), self._queue.ladder)

@@ -79,6 +79,48 @@ def test_a_plan_is_the_cheapest_there_is(queue: tuple[list[Bucket], list[int]]) 
     assert cost == optimum(ladder, lengths)
 
 
+@given(queues().filter(lambda queue: bool(queue[1])), st.sampled_from([0, 16, 4096]))
+def test_the_first_batch_does_the_most_for_its_cost(queue: tuple[list[Bucket], list[int]], price: int) -> None:
+    """Of every shape with the rows nearest in length to the first one, which is always in it."""
+    ladder, lengths = Ladder(queue[0]), queue[1]
+    ladder.dispatch_tokens = price
+    nearest = sorted(range(1, len(lengths)), key=lambda i: abs(lengths[i] - lengths[0]))
+    rates = {}
+    for bucket in ladder.buckets:
+        if bucket.seq_len >= lengths[0]:
+            company = [i for i in nearest if lengths[i] <= bucket.seq_len][: bucket.batch_size - 1]
+            rates[bucket] = sum(lengths[i] for i in (0, *company)) / (bucket.tokens + price)
+    plan = ladder.first_batch(lengths)
+    assert plan.items[0] == 0
+    assert len(set(plan.items)) == len(plan.items) <= plan.bucket.batch_size
+    assert max(lengths[i] for i in plan.items) <= plan.bucket.seq_len
+    assert sum(lengths[i] for i in plan.items) / (plan.bucket.tokens + price) == max(rates.values())
+
+
+def test_the_first_batch_of_too_long_a_row_is_refused() -> None:
+    """Others that no shape takes any more only wait."""
+    ladder = Ladder([Bucket(2, 8)])
+    assert ladder.first_batch([8, 9, 3]) == (Bucket(2, 8), (0, 2))
+    with pytest.raises(BucketError, match="9 tokens fits no bucket"):
+        ladder.first_batch([9, 8])
+
+
+def test_the_first_batch_of_a_row_without_tokens() -> None:
+    """As an empty text is for a model without special tokens."""
+    assert Ladder([Bucket(1, 8), Bucket(4, 16)]).first_batch([0]) == (Bucket(1, 8), (0,))
+
+
+def test_a_dear_dispatch_makes_fuller_batches() -> None:
+    """Where a dispatch costs as much as many tokens, as on an accelerator, one padded batch is better than two."""
+    ladder = Ladder([Bucket(4, 16), Bucket(16, 16)])
+    lengths = [16] * 8
+    assert [plan.bucket for plan in ladder.plan(lengths)] == [Bucket(4, 16)] * 2
+    assert ladder.first_batch(lengths).bucket == Bucket(4, 16)
+    ladder.dispatch_tokens = 4096
+    assert [plan.bucket for plan in ladder.plan(lengths)] == [Bucket(16, 16)]
+    assert ladder.first_batch(lengths).bucket == Bucket(16, 16)
+
+
 def test_planning_is_worked_out_by_hand() -> None:
     """Short rows share a short batch; the long one does not drag them to its length."""
     ladder = Ladder([Bucket(1, 64), Bucket(4, 16)])

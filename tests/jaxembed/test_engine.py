@@ -12,8 +12,8 @@ import pytest
 from parity import save_checkpoint, tiny_bert
 
 from jaxembed import Bucket, Embedder, Ladder, make_mesh
-from jaxembed.buckets import Row, pack
-from jaxembed.engine import MAX_BATCH_TOKENS, Engine, compiler_options
+from jaxembed.buckets import DISPATCH_TOKENS, Row, pack
+from jaxembed.engine import MAX_BATCH_TOKENS, OTHER_DISPATCH_TOKENS, Engine, compiler_options
 from jaxembed.errors import BucketError
 from jaxembed.layers import FUSED_LENGTH, Tokens
 from jaxembed.loading import Model, load
@@ -239,3 +239,14 @@ def test_what_xla_is_told_on_a_gpu(tiny_folder: Path) -> None:
     assert compiler_options(half, "gpu", many) == {flag: False}
     assert compiler_options(single, "gpu", few) == compiler_options(single, "gpu", many) == {flag: False}
     assert compiler_options(half, "cpu", few) is compiler_options(half, "tpu", many) is None
+
+
+def test_a_dispatch_costs_more_elsewhere(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine puts its price into each ladder that it plans by."""
+    engine = Engine(load(tiny_folder, mesh=make_mesh(jax.devices()[:2])))
+    other = Ladder([Bucket(2, 8)])
+    engine.allow(other)
+    assert engine.ladder.dispatch_tokens == other.dispatch_tokens == DISPATCH_TOKENS
+    monkeypatch.setattr(engine, "platform", "gpu")
+    engine.allow(other)
+    assert other.dispatch_tokens == 2 * OTHER_DISPATCH_TOKENS

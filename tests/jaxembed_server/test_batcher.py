@@ -135,6 +135,17 @@ def test_a_large_request_is_split_and_put_together_again() -> None:
     assert len(engine.batches) >= 25
 
 
+def test_a_row_without_tokens() -> None:
+    """As an empty text is for a model without special tokens: no device thread may end over it."""
+
+    async def use(batcher: Batcher) -> None:
+        for _ in range(8):
+            np.testing.assert_array_equal(await submit(batcher, ()), [vector([])])
+        np.testing.assert_array_equal(await submit(batcher, (), (1, 2), ()), [vector(row) for row in ([], [1, 2], [])])
+
+    run(FakeEngine(), use)
+
+
 def test_requests_of_other_sizes_share_a_batch() -> None:
     engine = FakeEngine(Ladder([Bucket(4, 4)]))
 
