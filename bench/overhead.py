@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the measurement, or with --serve the server that it measures."""
     options = arguments(argv)
     if options.serve:
-        return serve(options.serve)
+        return serve(options.serve, accelerator=options.accelerator)
     from bench.report import table
     from bench.texts import text_sets
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     running: dict[str, Served] = {}
     try:
         for tree in options.trees:
-            running[str(tree)] = served = Served(tree)
+            running[str(tree)] = served = Served(tree, accelerator=options.accelerator)
             served.wait_until_ready()
         for turn in range(options.repeats):
             for name, (size, source, encoding) in CASES.items():
@@ -73,6 +73,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=1.0, help="length of each spell of load")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", metavar="TEXT", help="only the cases whose name holds this")
+    parser.add_argument("--accelerator", action="store_true", help="shapes and batches as on a GPU")
     parser.add_argument("--serve", type=int, metavar="PORT", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -80,13 +81,13 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 class Served:
     """A server of one checkout in a process of its own, ready to be measured."""
 
-    def __init__(self, tree: Path) -> None:
+    def __init__(self, tree: Path, *, accelerator: bool) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         # -P: the folder of this file holds an http.py, which must not stand for Python's.
         self.process = subprocess.Popen(
-            [sys.executable, "-P", __file__, "--serve", str(self.port)],
+            [sys.executable, "-P", __file__, "--serve", str(self.port), *["--accelerator"] * accelerator],
             env={**os.environ, "PYTHONPATH": f"{tree}{os.pathsep}{tree / 'server'}"},
             stdout=subprocess.DEVNULL,
         )
@@ -127,7 +128,7 @@ class Served:
         return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) * TICK
 
 
-def serve(port: int) -> int:
+def serve(port: int, *, accelerator: bool) -> int:
     """The server as it is, with the default model's tokenizer and an engine that computes nothing."""
     import numpy as np
     import numpy.typing as npt
@@ -145,10 +146,13 @@ def serve(port: int) -> int:
         """Its vectors are unit vectors made at the start."""
 
         def __init__(self) -> None:
-            self.ladder = Ladder.default(max_length=256, max_batch_tokens=1024)
-            self.side_by_side, self.shares_cores = 1, True
+            self.ladder = Ladder.default(max_length=256, max_batch_tokens=16_384 if accelerator else 1024)
+            if accelerator:
+                self.ladder.dispatch_tokens = 4096
+            self.side_by_side, self.shares_cores = (2, False) if accelerator else (1, True)
             self.dimension = 384
-            vectors = np.random.default_rng(0).standard_normal((1024, self.dimension)).astype(np.float32)
+            rows = (self.ladder.max_rows, self.dimension)
+            vectors = np.random.default_rng(0).standard_normal(rows).astype(np.float32)
             self._vectors: npt.NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
         def run(self, batch: Batch) -> npt.NDArray[np.float32]:

@@ -215,6 +215,8 @@ class Ladder:
         best = (-1.0, 0)
         chosen, company = self.buckets[0], nearest
         all_fit = False
+        # Batch sizes of shapes that take all rows: a longer one of the same size would only pad more.
+        taken: set[int] = set()
         for seq_len, buckets in self._of_length.items():
             if seq_len < first:
                 continue
@@ -223,6 +225,10 @@ class Ladder:
                 all_fit = bool(fits.all())
                 candidates, tokens = nearest[fits], np.cumsum(others[fits])
             for bucket in buckets:
+                if bucket.batch_size in taken:
+                    continue
+                if all_fit:
+                    taken.add(bucket.batch_size)
                 count = min(bucket.batch_size - 1, len(candidates))
                 real = first + int(tokens[count - 1]) if count else first
                 rate = (real / (bucket.tokens + self.dispatch_tokens), -bucket.tokens)
