@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxembed.attention import attention
 from jaxembed.configs import check_heads, read_fields
 from jaxembed.errors import UnsupportedModelError
-from jaxembed.layers import Embedding, LayerNorm, Linear, Tokens, activation, attention
+from jaxembed.layers import Embedding, LayerNorm, Linear, Tokens, activation
 from jaxembed.types import Weight, Weights
 
 __all__ = [

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from jaxembed.attention import attention
 from jaxembed.configs import check_heads, read_fields
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.gated import GatedMLP
-from jaxembed.layers import Embedding, Linear, RMSNorm, Tokens, activation, attention
+from jaxembed.layers import Embedding, Linear, RMSNorm, Tokens, activation
 from jaxembed.rotary import Rotary, Turn, read_rotary
 from jaxembed.types import Weight, Weights
 

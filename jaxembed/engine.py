@@ -20,10 +20,11 @@ import numpy.typing as npt
 from jaxtyping import Array, Float, Int
 
 from jaxembed import cache
+from jaxembed.attention import FUSED_LENGTH, right_padded
 from jaxembed.buckets import Ladder, empty
 from jaxembed.errors import BucketError
 from jaxembed.executables import facts, has, load_or_compile
-from jaxembed.layers import FUSED_LENGTH, Tokens, right_padded
+from jaxembed.layers import Tokens
 from jaxembed.loading import Model
 from jaxembed.sharding import DATA, batch_sharding
 from jaxembed.types import Batch, Bucket, Column, Output

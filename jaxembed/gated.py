@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from jaxembed.layers import Embedding, LayerNorm, Linear, Tokens, activation, attention
+from jaxembed.attention import attention
+from jaxembed.layers import Embedding, LayerNorm, Linear, Tokens, activation
 
 __all__ = ["GatedLayer", "GatedMLP", "Turning", "WordEmbeddings"]
 

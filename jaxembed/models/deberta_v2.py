@@ -16,21 +16,12 @@ import numpy.typing as npt
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxembed.attention import attention, split_heads
 from jaxembed.blocks import linear_weights, norm_weights
 from jaxembed.configs import check_heads, read_fields
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.heads import classifier_head, masked_lm_head
-from jaxembed.layers import (
-    Embedding,
-    LayerNorm,
-    Linear,
-    Tokens,
-    activation,
-    attention,
-    matmul,
-    parameter,
-    split_heads,
-)
+from jaxembed.layers import Embedding, LayerNorm, Linear, Tokens, activation, matmul, parameter
 from jaxembed.relative import distances, skew
 from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION, Architecture, Weight, Weights
 

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from jaxembed.attention import attention
 from jaxembed.blocks import BertConfig, PostNormLayer, bert_layer_weights, linear_weights, norm_weights
 from jaxembed.configs import check_heads, read_fields
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.gated import GatedLayer, GatedMLP, Turning, WordEmbeddings
-from jaxembed.layers import LayerNorm, Tokens, activation, attention
+from jaxembed.layers import LayerNorm, Tokens, activation
 from jaxembed.types import Architecture, Weight, Weights
 
 __all__ = ["ARCHITECTURE", "Config", "JinaBert"]

@@ -19,10 +19,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxembed.attention import attention
 from jaxembed.blocks import linear_weights, norm_weights
 from jaxembed.configs import check_heads, read_fields
 from jaxembed.errors import UnsupportedModelError
-from jaxembed.layers import Embedding, LayerNorm, Linear, Tokens, activation, attention, matmul, parameter
+from jaxembed.layers import Embedding, LayerNorm, Linear, Tokens, activation, matmul, parameter
 from jaxembed.rotary import Rotary, Turn, read_rotary
 from jaxembed.types import Architecture, Layout, Weight, Weights
 

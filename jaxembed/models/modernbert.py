@@ -14,12 +14,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from jaxembed.attention import attention
 from jaxembed.blocks import linear_weights, norm_weights
 from jaxembed.configs import check_heads, read_fields
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.gated import GatedMLP
 from jaxembed.heads import Classifier, MaskedLM, count_labels, shares_word_table
-from jaxembed.layers import Embedding, LayerNorm, Linear, Tokens, activation, attention
+from jaxembed.layers import Embedding, LayerNorm, Linear, Tokens, activation
 from jaxembed.rotary import Rotary, Turn, read_rotary
 from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION, Architecture, Head, PoolingMode, Weight, Weights
 

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from jaxembed.attention import attention
 from jaxembed.blocks import linear_weights, norm_weights
 from jaxembed.configs import read_fields
 from jaxembed.errors import UnsupportedModelError
-from jaxembed.layers import Embedding, Linear, RMSNorm, Tokens, activation, attention
+from jaxembed.layers import Embedding, Linear, RMSNorm, Tokens, activation
 from jaxembed.relative import DistanceBias
 from jaxembed.types import Architecture, Weight, Weights
 

@@ -7,8 +7,8 @@ import pytest
 from parity import cosines
 
 from jaxembed import Bucket, Embedder, Ladder, make_mesh
+from jaxembed.attention import FUSED_LENGTH
 from jaxembed.buckets import Row, pack
-from jaxembed.layers import FUSED_LENGTH
 from jaxembed.types import Encoding
 
 KERNEL = "__cudnn$fmha"

@@ -12,10 +12,11 @@ import pytest
 from parity import save_checkpoint, tiny_bert
 
 from jaxembed import Bucket, Embedder, Ladder, make_mesh
+from jaxembed.attention import FUSED_LENGTH
 from jaxembed.buckets import DISPATCH_TOKENS, Row, pack
 from jaxembed.engine import MAX_BATCH_TOKENS, OTHER_DISPATCH_TOKENS, Engine, compiler_options
 from jaxembed.errors import BucketError
-from jaxembed.layers import FUSED_LENGTH, Tokens
+from jaxembed.layers import Tokens
 from jaxembed.loading import Model, load
 from jaxembed.types import Column, Encoding
 
