@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from parity import cosines
 
-from jaxembed import Bucket, Embedder, Ladder, make_mesh
+from jaxembed import Bucket, Embedder, Ladder
 from jaxembed.attention import FUSED_LENGTH
 from jaxembed.buckets import Row, pack
 from jaxembed.types import Encoding
@@ -26,7 +26,7 @@ def test_minilm_with_fused_attention(minilm_folder: Path, length: int) -> None:
     ]
     got = {}
     for dtype in ("float32", "bfloat16"):
-        embedder = Embedder.from_pretrained(minilm_folder, dtype=dtype, ladder=Ladder([bucket]), mesh=make_mesh(None))
+        embedder = Embedder.from_pretrained(minilm_folder, dtype=dtype, ladder=Ladder([bucket]))
         engine = embedder.engine
         assert engine.platform == "gpu"
         engine.compile(bucket)
