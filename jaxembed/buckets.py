@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxembed.errors import BucketError
-from jaxembed.types import PADDING, Batch, Bucket, Column, Encoding
+from jaxembed.types import NO_TASK, Batch, Bucket, Column, Encoding
 
 __all__ = ["DISPATCH_TOKENS", "Ladder", "Plan", "Row", "empty", "pack"]
 
@@ -16,8 +16,8 @@ DISPATCH_TOKENS = 16
 
 SHORTEST = 16
 
-NOTHING = np.array([PADDING[column] for column in Column], np.int32)
-"""What a row of padding says."""
+PADDING = np.array([0, 0, 1, 0, 0, NO_TASK], np.int32)
+"""What a row of padding says, in the order of `Column`: its vector is of one feature."""
 
 
 class Plan(NamedTuple):
@@ -266,5 +266,5 @@ def pack(bucket: Bucket, rows: Sequence[Row]) -> Batch:
 def empty(bucket: Bucket, owners: Sequence[int] = ()) -> Batch:
     """A batch of nothing but padding, as far as is known yet."""
     table: npt.NDArray[np.int32] = np.zeros((bucket.batch_size, len(Column) + bucket.seq_len), np.int32)
-    table[:, : len(Column)] = NOTHING
+    table[:, : len(Column)] = PADDING
     return Batch(bucket, table, np.array(owners, np.int64))

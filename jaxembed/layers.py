@@ -61,13 +61,16 @@ def parameter(shape: tuple[int, ...], axes: tuple[str, ...], dtype: str = "float
     return nnx.Param(jnp.zeros(shape, dtype), axes=axes)
 
 
-def matmul(spec: str, x: Float[Array, "..."], y: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
-    """Einsum with operands in `dtype` and a float32 result.
+def matmul(
+    spec: str, x: Float[Array, "..."], y: Float[Array, "..."], dtype: jnp.dtype, *, written: jnp.dtype = FLOAT32
+) -> Float[Array, "..."]:
+    """Einsum with operands in `dtype` and a float32 result, which the product itself may have written in another dtype.
 
     float32 operands multiply at full precision everywhere: GPU and TPU would otherwise use TF32 or bfloat16 passes.
     """
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    return jnp.einsum(spec, x.astype(dtype), y.astype(dtype), precision=precision, preferred_element_type=jnp.float32)
+    product = jnp.einsum(spec, x.astype(dtype), y.astype(dtype), precision=precision, preferred_element_type=written)
+    return product.astype(jnp.float32)
 
 
 FEW_TOKENS = 96
@@ -94,8 +97,7 @@ def linear(x: Float[Array, "B T In"], kernel: Float[Array, "Out In"]) -> Float[A
         return jnp.moveaxis(matmul("OI,BTI->OBT", kernel, x, kernel.dtype), 0, -1)
 
     def narrow(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        product = jnp.einsum("BTI,OI->BTO", x.astype(kernel.dtype), kernel, preferred_element_type=kernel.dtype)
-        return product.astype(jnp.float32)
+        return matmul("BTI,OI->BTO", x, kernel, kernel.dtype, written=kernel.dtype)
 
     tokens = x.shape[0] * x.shape[1]
     half = kernel.dtype == jnp.bfloat16

@@ -88,17 +88,6 @@ class Column(IntEnum):
     """Which of the architecture's tasks it asks for; `NO_TASK` for none."""
 
 
-PADDING = {
-    Column.LENGTH: 0,
-    Column.PROMPT_LENGTH: 0,
-    Column.DIMENSIONS: 1,
-    Column.NORMALIZE: 0,
-    Column.SECOND_START: 0,
-    Column.TASK: NO_TASK,
-}
-"""What a row of padding says."""
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
     """What one executable is called with. B = bucket.batch_size, T = bucket.seq_len; the first n rows are real.

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from jaxembed.buckets import DISPATCH_TOKENS, Ladder, Row, pack
 from jaxembed.errors import BucketError
-from jaxembed.types import PADDING, Bucket, Column, Encoding
+from jaxembed.types import Bucket, Column, Encoding
 
 buckets = st.builds(Bucket, st.integers(1, 9), st.integers(1, 40))
 ladders = st.lists(buckets, min_size=1, max_size=8)
@@ -252,11 +252,24 @@ def test_pack_and_back(items: list[Row], spare_rows: int, spare_tokens: int) -> 
         np.testing.assert_array_equal(batch.input_ids[i, :length], row.encoding.ids)
         assert not batch.input_ids[i, length:].any()
         encoding = row.encoding
-        wanted = (length, encoding.prompt_length, row.dimensions, row.normalize, encoding.second_start, encoding.task)
+        wanted = (
+            len(encoding),
+            encoding.prompt_length,
+            row.dimensions,
+            row.normalize,
+            encoding.second_start,
+            encoding.task,
+        )
         assert tuple(batch.table[i, : len(Column)]) == wanted
         assert batch.owners[i] == row.owner
-    assert (batch.table[len(items) :, : len(Column)] == [PADDING[column] for column in Column]).all()
-    assert not batch.input_ids[len(items) :].any()
+    padding = slice(len(items), None)
+    assert not batch.column(Column.LENGTH)[padding].any()
+    assert not batch.column(Column.PROMPT_LENGTH)[padding].any()
+    assert not batch.column(Column.NORMALIZE)[padding].any()
+    assert (batch.column(Column.DIMENSIONS)[padding] == 1).all()
+    assert not batch.column(Column.SECOND_START)[padding].any()
+    assert (batch.column(Column.TASK)[padding] == -1).all()
+    assert not batch.input_ids[padding].any()
     assert batch.table.dtype == np.int32
     assert batch.owners.dtype == np.int64
 
