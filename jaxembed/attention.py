@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxembed.layers import FLOAT32, matmul
+from jaxembed.tokens import Rows
 
 __all__ = ["FUSED_LENGTH", "attention", "right_padded", "split_heads"]
 
@@ -26,10 +27,10 @@ RIGHT_PADDED: ContextVar[bool] = ContextVar("RIGHT_PADDED", default=False)
 
 
 def attention(
-    query: Float[Array, "B T ND"],
-    key: Float[Array, "B S KD"],
-    value: Float[Array, "B S KD"],
-    mask: Bool[Array, "B S"],
+    query: Float[Array, "L M ND"],
+    key: Float[Array, "L M KD"],
+    value: Float[Array, "L M KD"],
+    rows: Rows,
     *,
     num_heads: int,
     dtype: jnp.dtype,
@@ -38,7 +39,7 @@ def attention(
     bias: Float[Array, "_ N T S"] | None = None,
     causal: bool = False,
     window: int | None = None,
-) -> Float[Array, "B T ND"]:
+) -> Float[Array, "L M ND"]:
     """Scaled dot-product attention, softmax(Q K^T * scale + bias) V (https://arxiv.org/abs/1706.03762).
 
     On a GPU in bfloat16, for rows of `FUSED_LENGTH` tokens and more, by cuDNN's fused kernel, which never writes the
@@ -47,7 +48,7 @@ def attention(
 
     Args:
         query, key, value: heads side by side in the last axis, float32.
-        mask: keys that may be seen.
+        rows: where the rows stand, and which keys of each may be seen.
         num_heads: N.
         dtype: of the products' operands.
         num_key_value_heads: K, which divides N: each key and value head serves N / K query heads
@@ -61,6 +62,7 @@ def attention(
         float32, heads side by side again.
     """
     kv_heads = num_key_value_heads or num_heads
+    query, key, value = (rows.apart(x) for x in (query, key, value))
     width = query.shape[2] // num_heads
     scale = float(width) ** -0.5 if scale is None else scale
     plain = partial(
@@ -69,10 +71,10 @@ def attention(
     full = bias is None and window is None and not causal and kv_heads == num_heads
     takes = dtype == jnp.bfloat16 and width % 8 == 0 and width <= 128 and query.shape[1] >= FUSED_LENGTH
     if not (full and takes and RIGHT_PADDED.get() and has_fused_attention()):
-        return plain(query, key, value, mask)
+        return rows.together(plain(query, key, value, rows.mask))
     fused = partial(fused_attention, num_heads=num_heads, scale=scale)
-    mixed: jax.Array = jax.lax.platform_dependent(query, key, value, mask, cuda=fused, default=plain)
-    return mixed
+    mixed: jax.Array = jax.lax.platform_dependent(query, key, value, rows.mask, cuda=fused, default=plain)
+    return rows.together(mixed)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """BERT's parts, of which a whole family of architectures is made, and the lines that name parts in a checkpoint.
 
-Letters in shapes are those of `layers`.
+Letters in shapes are those of `layers` and `tokens`.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,12 +9,13 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxembed.attention import attention
 from jaxembed.configs import check_heads, read_fields
 from jaxembed.errors import UnsupportedModelError
-from jaxembed.layers import Embedding, LayerNorm, Linear, Tokens, activation
+from jaxembed.layers import Embedding, LayerNorm, Linear, activation
+from jaxembed.tokens import Rows, Tokens
 from jaxembed.types import Weight, Weights
 
 __all__ = [
@@ -99,24 +100,25 @@ class BertEmbeddings(nnx.Module):
         self.types = types
         self.padding = padding
 
-    def __call__(self, tokens: Tokens) -> Float[Array, "B T D"]:
+    def __call__(self, tokens: Tokens) -> Float[Array, "L M D"]:
         x = self.norm(self.total(tokens))
         return x if self.projection is None else self.projection(x)
 
-    def total(self, tokens: Tokens) -> Float[Array, "B T E"]:
+    def total(self, tokens: Tokens) -> Float[Array, "L M E"]:
         """What is normalised: all that is known of each token."""
-        x = self.word(tokens.input_ids) + self.position(self.places(tokens.input_ids))
+        x = self.word(tokens.input_ids) + self.position(self.places(tokens))
         if self.token_type is not None:
             # With one type only, both texts of a pair are of it.
             x = x + self.token_type(jnp.minimum(tokens.token_types, self.types - 1))
         return x
 
-    def places(self, input_ids: Int[Array, "B T"]) -> Int[Array, "_ T"]:
+    def places(self, tokens: Tokens) -> Int[Array, "_ M"]:
         """The row of the position table for each token."""
         if self.padding is None:
-            return jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None]
-        real = (input_ids != self.padding).astype(jnp.int32)
-        return self.padding + real * jnp.cumsum(real, axis=1, dtype=jnp.int32)
+            return tokens.rows.places
+        real = (tokens.input_ids != self.padding).astype(jnp.int32)
+        counted = jnp.cumsum(tokens.rows.apart(real), axis=1, dtype=jnp.int32)
+        return self.padding + real * tokens.rows.together(counted)
 
 
 class PostNormLayer(nnx.Module):
@@ -145,11 +147,11 @@ class PostNormLayer(nnx.Module):
         self.dtype = jnp.dtype(dtype)
 
     def __call__(
-        self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"], bias: Float[Array, "_ N T T"] | None = None
-    ) -> Float[Array, "B T D"]:
+        self, x: Float[Array, "L M D"], rows: Rows, bias: Float[Array, "_ N T T"] | None = None
+    ) -> Float[Array, "L M D"]:
         """`bias` is added to the attention scores."""
         mixed = attention(
-            self.query(x), self.key(x), self.value(x), mask, num_heads=self.num_heads, dtype=self.dtype, bias=bias
+            self.query(x), self.key(x), self.value(x), rows, num_heads=self.num_heads, dtype=self.dtype, bias=bias
         )
         x = self.attention_norm(x + self.output(mixed))
         return self.output_norm(x + self.down(self.activation(self.up(x))))
@@ -159,12 +161,12 @@ class PostNormEncoder(nnx.Module):
     """Embeddings, then layers one after another.
 
     Args:
-        embeddings: Tokens -> [B, T, D].
+        embeddings: Tokens -> [L, M, D].
         config: the layers' sizes.
         dtype: of the matrices: "float32" or "bfloat16".
     """
 
-    def __init__(self, embeddings: Callable[[Tokens], Float[Array, "B T D"]], config: BertConfig, dtype: str) -> None:
+    def __init__(self, embeddings: Callable[[Tokens], Float[Array, "L M D"]], config: BertConfig, dtype: str) -> None:
         self.embeddings = embeddings
         options = (config.num_attention_heads, config.hidden_act, config.layer_norm_eps, dtype)
         self.layers = nnx.List(
@@ -174,11 +176,11 @@ class PostNormEncoder(nnx.Module):
             ]
         )
 
-    def hidden_states(self, tokens: Tokens) -> list[Float[Array, "B T D"]]:
+    def hidden_states(self, tokens: Tokens) -> list[Float[Array, "L M D"]]:
         """The embeddings' output and each layer's after it, as Hugging Face's `output_hidden_states`."""
         states = [self.embeddings(tokens)]
         for layer in self.layers:
-            states.append(layer(states[-1], tokens.mask))
+            states.append(layer(states[-1], tokens.rows))
         return states
 
 

@@ -1,22 +1,33 @@
 """The ladder of compiled shapes: smallest fit, and planning a queue into batches. Knows no text and no device."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from jaxembed.errors import BucketError
 from jaxembed.types import NO_TASK, Batch, Bucket, Column, Encoding
 
-__all__ = ["DISPATCH_TOKENS", "Ladder", "Plan", "Row", "empty", "pack"]
+__all__ = ["DISPATCH_TOKENS", "Ladder", "Plan", "Row", "empty", "flat_shapes", "pack", "work"]
 
 DISPATCH_TOKENS = 16
 """What one more dispatch costs on CPU, in tokens of computation: the planner's price for splitting a group of rows."""
 
 SHORTEST = 16
 
-PADDING = np.array([0, 0, 1, 0, 0, NO_TASK], np.int32)
+STEP = 4
+"""Each size of a batch in the default ladder is so many times the next smaller one."""
+
+PLACE = 0.1
+"""What a place in attention's rows without a token of the batch costs, in tokens of computation; and as much again for
+each `PAIRS` tokens of its row."""
+PAIRS = 128
+
+MEAN = 2 / 3
+"""Mean length of rows in a flat shape, in parts of its own: so many of them it has room for."""
+
+PADDING = np.array([0, 0, 1, 0, 0, NO_TASK, 0], np.int32)
 """What a row of padding says, in the order of `Column`: its vector is of one feature."""
 
 
@@ -36,8 +47,25 @@ class Row(NamedTuple):
     owner: int
 
 
+def work(bucket: Bucket) -> float:
+    """What a batch of this shape costs, in tokens of computation."""
+    return bucket.tokens + (bucket.places - bucket.tokens) * PLACE * (1 + bucket.seq_len / PAIRS)
+
+
+def flat_shapes(length: int, sizes: Iterable[int], mean: float) -> list[Bucket]:
+    """The shapes of several rows of up to `length` tokens, flat unless tokens fill all places.
+
+    Args:
+        length: T.
+        sizes: N; there is no shape of one that does not hold two rows of T.
+        mean: length of the rows, which says how many there is room for.
+    """
+    rows = {size: math.ceil(size / min(mean, length)) for size in sizes if size >= 2 * length}
+    return [Bucket(n, length, 0 if n * length == size else size) for size, n in rows.items()]
+
+
 class Ladder:
-    """The set of (batch_size, seq_len) shapes that are compiled ahead.
+    """The set of shapes that are compiled ahead.
 
     Args:
         buckets: the shapes, in any order; at least one.
@@ -51,27 +79,31 @@ class Ladder:
             its own price there.
 
     Raises:
-        BucketError: no buckets, or one with a size under 1.
+        BucketError: no buckets, one with a size under 1, or a flat one of more tokens than its rows hold.
     """
 
     def __init__(self, buckets: Iterable[Bucket]) -> None:
-        self.buckets = tuple(sorted(set(buckets), key=lambda b: (b.tokens, b.seq_len)))
+        self.buckets = tuple(sorted(set(buckets), key=lambda b: (b.tokens, b.seq_len, b.batch_size)))
         if not self.buckets:
             raise BucketError("a ladder needs at least one bucket")
         if any(b.batch_size < 1 or b.seq_len < 1 for b in self.buckets):
             raise BucketError(f"a bucket needs a batch size and a length of at least 1: {self}")
+        if any(b.flat and not b.seq_len <= b.flat <= b.places for b in self.buckets):
+            raise BucketError(f"a flat bucket holds at least a row, and no more tokens than its rows: {self}")
         self.max_length = max(b.seq_len for b in self.buckets)
         several = [b.tokens for b in self.buckets if b.batch_size > 1]
         self.batch_tokens = max(several or [b.tokens for b in self.buckets])
         self.max_rows = max(b.batch_size for b in self.buckets)
         self.dispatch_tokens = DISPATCH_TOKENS
         self._by_length: dict[int, tuple[Bucket, ...]] = {}
-        self._of_length: dict[int, list[Bucket]] = {}
+        self._of_length: dict[int, list[tuple[Bucket, float]]] = {}
         for bucket in sorted(self.buckets, key=lambda b: (b.seq_len, b.batch_size)):
-            self._of_length.setdefault(bucket.seq_len, []).append(bucket)
+            self._of_length.setdefault(bucket.seq_len, []).append((bucket, work(bucket)))
 
     @classmethod
-    def default(cls, *, max_length: int, max_batch_tokens: int, batch_multiple: int = 1) -> "Ladder":
+    def default(
+        cls, *, max_length: int, max_batch_tokens: int, batch_multiple: int = 1, flat: bool = False
+    ) -> "Ladder":
         """Powers of two up to the model's length; per length the batch sizes 1, 4, 16, ... and the fullest.
 
         Args:
@@ -79,6 +111,8 @@ class Ladder:
             max_batch_tokens: tokens a dispatch should hold, padding included. A single row of `max_length`
                 is always allowed, even when it alone is more.
             batch_multiple: every batch size is a multiple of this (the number of devices on the data axis).
+            flat: whether shapes of several rows are flat: per length of all, a quarter, a sixteenth, ... of
+                `max_batch_tokens`. Only where `batch_multiple` is 1.
 
         Raises:
             BucketError: an argument under 1.
@@ -93,7 +127,15 @@ class Ladder:
         while rung < max_length:
             lengths.append(rung)
             rung *= 2
-        return cls.of_lengths(lengths, max_batch_tokens=max_batch_tokens, batch_multiple=batch_multiple)
+        if not flat:
+            return cls.of_lengths(lengths, max_batch_tokens=max_batch_tokens, batch_multiple=batch_multiple)
+        sizes = [max_batch_tokens]
+        while sizes[-1] >= STEP * SHORTEST:
+            sizes.append(sizes[-1] // STEP)
+        several = [shape for length in lengths for shape in flat_shapes(length, sizes, MEAN * length)]
+        # Many texts are as long as they may be.
+        full = Bucket(max(1, max_batch_tokens // max_length), max_length)
+        return cls([*(Bucket(1, length) for length in lengths), *several, full])
 
     @classmethod
     def of_lengths(cls, lengths: Iterable[int], *, max_batch_tokens: int, batch_multiple: int = 1) -> "Ladder":
@@ -101,10 +143,10 @@ class Ladder:
         buckets = set()
         for length in lengths:
             most = max(1, max_batch_tokens // (length * batch_multiple))
-            size = 1
-            while size < most:
-                buckets.add(Bucket(size * batch_multiple, length))
-                size *= 4
+            rows = 1
+            while rows < most:
+                buckets.add(Bucket(rows * batch_multiple, length))
+                rows *= STEP
             buckets.add(Bucket(most * batch_multiple, length))
         return cls(buckets)
 
@@ -131,22 +173,26 @@ class Ladder:
         return bucket.tokens > 2 * self.batch_tokens
 
     def fitting(self, length: int) -> tuple[Bucket, ...]:
-        """For each batch size the shortest bucket that takes `length` tokens, by batch size, smallest first.
+        """The buckets for rows of up to `length` tokens, by batch size: no other one holds as much and costs no more.
 
         Raises:
             BucketError: no bucket is that long.
         """
         found = self._by_length.get(length)
         if found is None:
-            best: dict[int, Bucket] = {}
-            for bucket in self.buckets:
-                if bucket.seq_len >= length:
-                    held = best.get(bucket.batch_size)
-                    if held is None or bucket.seq_len < held.seq_len:
-                        best[bucket.batch_size] = bucket
-            if not best:
+            if length > self.max_length:
                 raise self._too_long(length)
-            found = tuple(best[size] for size in sorted(best))
+            # What it costs, and less its rows and their tokens: what comes later must hold more.
+            fits = sorted(
+                (work(bucket), -bucket.batch_size, -min(bucket.tokens, bucket.batch_size * length), bucket)
+                for bucket in self.buckets
+                if bucket.seq_len >= length
+            )
+            best: list[tuple[int, int, Bucket]] = []
+            for _, rows, tokens, bucket in fits:
+                if not any(held_rows <= rows and held <= tokens for held_rows, held, _ in best):
+                    best.append((rows, tokens, bucket))
+            found = tuple(sorted((bucket for *_, bucket in best), key=lambda b: (b.batch_size, b.tokens)))
             self._by_length[length] = found
         return found
 
@@ -154,7 +200,8 @@ class Ladder:
         """Put every item into exactly one batch at the least cost.
 
         Rows are sorted by length, longest first, and cut into runs; the cheapest cutting is found exactly by
-        dynamic programming over the cost `bucket.tokens + dispatch_tokens` per batch.
+        dynamic programming over the cost `work(bucket) + dispatch_tokens` per batch, where each takes as many rows as
+        there is room for.
 
         Args:
             lengths: tokens of each item.
@@ -169,29 +216,36 @@ class Ladder:
         if n == 0:
             return []
         order = sorted(range(n), key=lengths.__getitem__, reverse=True)
-        # best[i]: least cost of placing the i-th row and all shorter ones; from the shortest upwards. Behind the last
-        # row nothing costs anything, however far a bucket reaches.
-        best = [0] * (n + self.max_rows)
-        choice: list[Bucket] = [self.buckets[0]] * n
+        # ends[room][i]: behind the last row that the i-th one and those after it leave room for in so many tokens.
+        upto = np.cumsum([0, *(lengths[item] for item in order)])
+        ends = {
+            room: (np.searchsorted(upto, upto[:-1] + room, side="right") - 1).tolist()
+            for room in {bucket.flat for bucket in self.buckets if bucket.flat}
+        }
+        anywhere = [n] * n
+        # best[i]: least cost of placing the i-th row and all shorter ones; from the shortest upwards.
+        best = [0.0] * (n + 1)
+        choice: list[tuple[Bucket, int]] = [(self.buckets[0], n)] * n
         length, options = -1, []
         for i in range(n - 1, -1, -1):
             if lengths[order[i]] != length:
                 length = lengths[order[i]]
                 options = [
-                    (bucket.batch_size, bucket.tokens + self.dispatch_tokens, bucket) for bucket in self.fitting(length)
+                    (bucket.batch_size, work(bucket) + self.dispatch_tokens, ends.get(bucket.flat, anywhere), bucket)
+                    for bucket in self.fitting(length)
                 ]
-            (size, cost, choice[i]), *others = options
-            least = cost + best[i + size]
-            for size, cost, bucket in others:
-                if cost + best[i + size] < least:
-                    least, choice[i] = cost + best[i + size], bucket
+            least = math.inf
+            for rows, cost, last, bucket in options:
+                end = min(i + rows, last[i])
+                if cost + best[end] < least:
+                    least, choice[i] = cost + best[end], (bucket, end)
             best[i] = least
         plans = []
         i = 0
         while i < n:
-            bucket = choice[i]
-            plans.append(Plan(bucket, tuple(order[i : i + bucket.batch_size])))
-            i += bucket.batch_size
+            bucket, end = choice[i]
+            plans.append(Plan(bucket, tuple(order[i:end])))
+            i = end
         return plans
 
     def first_batch(self, lengths: Sequence[int]) -> Plan:
@@ -215,8 +269,6 @@ class Ladder:
         best = (-1.0, 0)
         chosen, company = self.buckets[0], nearest
         all_fit = False
-        # Batch sizes of shapes that take all rows: a longer one of the same size would only pad more.
-        taken: set[int] = set()
         for seq_len, buckets in self._of_length.items():
             if seq_len < first:
                 continue
@@ -224,14 +276,17 @@ class Ladder:
                 fits = others <= seq_len
                 all_fit = bool(fits.all())
                 candidates, tokens = nearest[fits], np.cumsum(others[fits])
-            for bucket in buckets:
-                if bucket.batch_size in taken:
+                most = first + int(tokens[-1]) if len(tokens) else first
+            for bucket, cost in buckets:
+                cost += self.dispatch_tokens
+                # It cannot do more than all there is, or than it holds.
+                if min(most, bucket.tokens) / cost < best[0]:
                     continue
-                if all_fit:
-                    taken.add(bucket.batch_size)
                 count = min(bucket.batch_size - 1, len(candidates))
+                if bucket.flat:
+                    count = min(count, int(np.searchsorted(tokens, bucket.flat - first, side="right")))
                 real = first + int(tokens[count - 1]) if count else first
-                rate = (real / (bucket.tokens + self.dispatch_tokens), -bucket.tokens)
+                rate = (real / cost, -bucket.tokens)
                 if rate > best:
                     best, chosen, company = rate, bucket, candidates[:count]
         return Plan(chosen, (0, *(1 + company).tolist()))
@@ -241,30 +296,45 @@ class Ladder:
 
 
 def pack(bucket: Bucket, rows: Sequence[Row]) -> Batch:
-    """Pad rows into the arrays of one Batch.
+    """Put rows into the table of one Batch.
 
     Raises:
-        BucketError: more rows, or a longer row, than the bucket holds.
+        BucketError: more rows, a longer row or more tokens than the bucket holds.
     """
-    if len(rows) > bucket.batch_size or any(len(row.encoding) > bucket.seq_len for row in rows):
-        longest = max(len(row.encoding) for row in rows)
-        raise BucketError(f"{len(rows)} rows of up to {longest} tokens do not fit the bucket {bucket}")
+    lengths = [len(row.encoding.ids) for row in rows]
+    longest, tokens = max(lengths, default=0), sum(lengths)
+    if len(rows) > bucket.batch_size or longest > bucket.seq_len or tokens > bucket.tokens:
+        told = f"{len(rows)} rows of up to {longest} and together {tokens} tokens"
+        raise BucketError(f"{told} do not fit the bucket {bucket}")
     batch = empty(bucket, [row.owner for row in rows])
+    if not rows:
+        return batch
     input_ids = batch.input_ids
-    told = []
-    for i, (encoding, dimensions, normalize, _) in enumerate(rows):
-        length = len(encoding.ids)
-        input_ids[i, :length] = encoding.ids
-        seen = length if encoding.attended is None else encoding.attended
-        # In the order of Column, and written all at once: a number at a time takes three times as long.
-        told.append((seen, encoding.prompt_length, dimensions, normalize, encoding.second_start, encoding.task))
-    if told:
-        batch.table[: len(told), : len(Column)] = told
+    if bucket.flat:
+        input_ids[0, :tokens] = np.concatenate([row.encoding.ids for row in rows])
+    else:
+        for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            input_ids[i, :length] = row.encoding.ids
+    # In the order of Column, and written all at once: a number at a time takes three times as long.
+    batch.told[: len(rows)] = [
+        (
+            length if encoding.attended is None else encoding.attended,
+            encoding.prompt_length,
+            dimensions,
+            normalize,
+            encoding.second_start,
+            encoding.task,
+            length,
+        )
+        for (encoding, dimensions, normalize, _), length in zip(rows, lengths, strict=True)
+    ]
     return batch
 
 
 def empty(bucket: Bucket, owners: Sequence[int] = ()) -> Batch:
     """A batch of nothing but padding, as far as is known yet."""
-    table: npt.NDArray[np.int32] = np.zeros((bucket.batch_size, len(Column) + bucket.seq_len), np.int32)
-    table[:, : len(Column)] = PADDING
-    return Batch(bucket, table, np.array(owners, np.int64))
+    rows, columns = bucket.batch_size, len(Column)
+    shape = (1, rows * columns + bucket.flat) if bucket.flat else (rows, columns + bucket.seq_len)
+    batch = Batch(bucket, np.zeros(shape, np.int32), np.array(owners, np.int64))
+    batch.told[:] = PADDING
+    return batch

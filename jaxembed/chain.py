@@ -12,8 +12,9 @@ from jaxtyping import Array, Float, Int
 from jaxembed import modules
 from jaxembed.blocks import linear_weights, norm_weights
 from jaxembed.errors import UnsupportedModelError
-from jaxembed.layers import LayerNorm, Linear, Tokens, activation, parameter
+from jaxembed.layers import LayerNorm, Linear, activation, parameter
 from jaxembed.pooling import pool, unit
+from jaxembed.tokens import Tokens
 from jaxembed.types import Names, Pooling, SpladePooling, Weight
 
 __all__ = ["Features", "build_step", "step_names", "width_after"]

@@ -10,14 +10,15 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jaxembed.attention import attention
 from jaxembed.configs import check_heads, read_fields
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.gated import GatedMLP
-from jaxembed.layers import Embedding, Linear, RMSNorm, Tokens, activation
+from jaxembed.layers import Embedding, Linear, RMSNorm, activation
 from jaxembed.rotary import Rotary, Turn, read_rotary
+from jaxembed.tokens import Rows, Tokens
 from jaxembed.types import Weight, Weights
 
 __all__ = [
@@ -232,14 +233,14 @@ class DecoderLayer(nnx.Module):
         self.scale, self.causal, self.window = config.attention_scale, config.is_causal, window
         self.dtype = jnp.dtype(dtype)
 
-    def __call__(self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"], turn: Turn) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "L M D"], rows: Rows, turn: Turn) -> Float[Array, "L M D"]:
         """`turn` gives queries and keys their positions."""
         y = self.attention_norm(x)
         mixed = attention(
             turn(by_head(self.query_norm, self.query(y), self.num_heads), self.num_heads),
             turn(by_head(self.key_norm, self.key(y), self.kv_heads), self.kv_heads),
             self.value(y),
-            mask,
+            rows,
             num_heads=self.num_heads,
             num_key_value_heads=self.kv_heads,
             scale=self.scale,
@@ -253,7 +254,7 @@ class DecoderLayer(nnx.Module):
         return x + (y if self.output_norm is None else self.output_norm(y))
 
 
-def by_head(norm: RMSNorm | None, x: Float[Array, "B T NH"], num_heads: int) -> Float[Array, "B T NH"]:
+def by_head(norm: RMSNorm | None, x: Float[Array, "L M NH"], num_heads: int) -> Float[Array, "L M NH"]:
     """Normalise each head by itself."""
     return x if norm is None else norm(x.reshape(*x.shape[:2], num_heads, -1)).reshape(x.shape)
 
@@ -273,13 +274,13 @@ class Decoder(nnx.Module):
         self.scale = config.embedding_scale
         self.rotary, self.sliding_rotary = config.rotary, config.sliding_rotary
 
-    def hidden_states(self, tokens: Tokens) -> list[Float[Array, "B T D"]]:
+    def hidden_states(self, tokens: Tokens) -> list[Float[Array, "L M D"]]:
         """The embeddings and each layer's output after them, the last one normalised, as Hugging Face gives them."""
-        length = tokens.input_ids.shape[1]
-        turn, sliding_turn = self.rotary.turn(length), self.sliding_rotary.turn(length)
+        places = tokens.rows.places
+        turn, sliding_turn = self.rotary.turn(places), self.sliding_rotary.turn(places)
         states = [self.embedding(tokens.input_ids) * self.scale]
         for layer in self.layers:
-            states.append(layer(states[-1], tokens.mask, turn if layer.window is None else sliding_turn))
+            states.append(layer(states[-1], tokens.rows, turn if layer.window is None else sliding_turn))
         states[-1] = self.norm(states[-1])
         return states
 

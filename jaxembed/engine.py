@@ -24,10 +24,10 @@ from jaxembed.attention import FUSED_LENGTH, right_padded
 from jaxembed.buckets import Ladder, empty
 from jaxembed.errors import BucketError
 from jaxembed.executables import facts, has, load_or_compile
-from jaxembed.layers import Tokens
 from jaxembed.loading import Model
 from jaxembed.sharding import DATA, batch_sharding
-from jaxembed.types import Batch, Bucket, Column, Output
+from jaxembed.tokens import Rows, Tokens
+from jaxembed.types import Batch, Bucket, Column, Output, input_ids, told
 
 __all__ = ["MAX_BATCH_TOKENS", "Compiled", "Engine"]
 
@@ -70,6 +70,8 @@ class Engine:
         side_by_side: batches that run at a time, each called from a thread of its own. On CPU one computes while the
             other's threads wait for each other (docs/performance.md); elsewhere one waits on the device while the other
             runs. Where several devices share a CPU, one at a time, whoever calls.
+        flat: shapes of several rows had better be flat (`types.Bucket`), as on CPU, where that was measured
+            (docs/performance.md).
         shares_cores: batches that run at a time take the cores from one another, and from whatever is started beside
             them, as on CPU; elsewhere they run one after the other.
     """
@@ -96,8 +98,12 @@ class Engine:
         self._held: WeakKeyDictionary[Ladder, dict[Bucket, Any]] = WeakKeyDictionary()
         self._executables: WeakValueDictionary[Bucket, Any] = WeakValueDictionary()
         self._compiling: dict[Bucket, threading.Lock] = {}
+        self.flat = self.platform == "cpu" and devices == 1
         self.ladder = ladder or Ladder.default(
-            max_length=model.max_length, max_batch_tokens=self.max_batch_tokens, batch_multiple=devices
+            max_length=model.max_length,
+            max_batch_tokens=self.max_batch_tokens,
+            batch_multiple=devices,
+            flat=self.flat,
         )
         self.allow(self.ladder)
         self.shares_cores = self.platform == "cpu"
@@ -125,7 +131,8 @@ class Engine:
         Raises:
             BucketError: a batch size does not divide over the devices.
         """
-        bad = [bucket for bucket in ladder.buckets if bucket.batch_size % self.batch_multiple]
+        several = self.batch_multiple > 1
+        bad = [one for one in ladder.buckets if one.batch_size % self.batch_multiple or (several and one.flat)]
         if bad:
             raise BucketError(f"the bucket {bad[0]} does not divide over {self.batch_multiple} devices")
         if self.platform != "cpu":
@@ -242,7 +249,7 @@ class Engine:
         table = empty(bucket).table
         spec = jax.ShapeDtypeStruct(table.shape, table.dtype, sharding=batch_sharding(mesh, table.ndim))
         leaves = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in self.model.leaves)
-        function = partial(forward, self.model, self.output)
+        function = partial(forward, self.model, self.output, bucket)
         ndim = 3 if self.output is Output.TOKENS else 2
         return jax.jit(function, out_shardings=batch_sharding(mesh, ndim)).lower(leaves, spec)
 
@@ -261,27 +268,34 @@ def compiler_options(model: Model, platform: str, bucket: Bucket) -> dict[str, b
 def forward(
     model: Model,
     output: Output,
+    bucket: Bucket,
     leaves: tuple[jax.Array, ...],
-    table: Int[Array, "B _"],
+    table: Int[Array, "_ _"],
 ) -> Float[Array, "B *shape"]:
     """What each executable computes of `Batch.table`."""
-    told = {column: table[:, column] for column in Column}
-    input_ids = table[:, len(Column) :]
-    positions = jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None, :]
-    seconds = told[Column.SECOND_START][:, None]
+    row = dict(zip(Column, told(bucket, table).T, strict=True))
+    length, seen = bucket.seq_len, row[Column.LENGTH]
+    if bucket.flat:
+        rows = Rows.in_line(row[Column.TOKENS], seen, tokens=bucket.flat, length=length)
+    else:
+        rows = Rows(jnp.arange(length, dtype=jnp.int32)[None] < seen[:, None])
+    seconds = rows.each(row[Column.SECOND_START])
     tokens = Tokens(
-        input_ids=input_ids,
-        mask=positions < told[Column.LENGTH][:, None],
-        token_types=((seconds > 0) & (positions >= seconds)).astype(jnp.int32),
-        tasks=told[Column.TASK],
+        input_ids=input_ids(bucket, table),
+        token_types=((seconds > 0) & (rows.places >= seconds)).astype(jnp.int32),
+        tasks=row[Column.TASK],
+        rows=rows,
     )
-    normalize = told[Column.NORMALIZE] > 0
+    normalize = row[Column.NORMALIZE] > 0
     with right_padded():
-        return model.compute(output, leaves, tokens, told[Column.PROMPT_LENGTH], told[Column.DIMENSIONS], normalize)
+        return model.compute(output, leaves, tokens, row[Column.PROMPT_LENGTH], row[Column.DIMENSIONS], normalize)
 
 
 def full(bucket: Bucket) -> Batch:
     """A batch without padding."""
     batch = empty(bucket, range(bucket.batch_size))
-    batch.column(Column.LENGTH)[:] = bucket.seq_len
+    lengths = np.full(bucket.batch_size, bucket.seq_len)
+    if bucket.flat:
+        lengths = np.diff(np.linspace(0, bucket.flat, bucket.batch_size + 1).astype(np.int64))
+    batch.column(Column.LENGTH)[:] = batch.column(Column.TOKENS)[:] = lengths
     return batch

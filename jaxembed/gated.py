@@ -9,10 +9,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jaxembed.attention import attention
-from jaxembed.layers import Embedding, LayerNorm, Linear, Tokens, activation
+from jaxembed.layers import Embedding, LayerNorm, Linear, activation
+from jaxembed.tokens import Rows, Tokens
 
 __all__ = ["GatedLayer", "GatedMLP", "Turning", "WordEmbeddings"]
 
@@ -40,7 +41,7 @@ class GatedMLP(nnx.Module):
         self.down = Linear((inner, width), ("mlp", "embed"), dtype, bias=bias if down_bias is None else down_bias)
         self.activation = activation(act)
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "L M D"]) -> Float[Array, "L M D"]:
         return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
@@ -81,29 +82,29 @@ class GatedLayer(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B T D"],
-        mask: Bool[Array, "B T"],
+        x: Float[Array, "L M D"],
+        rows: Rows,
         *,
         turn: Turning | None = None,
         bias: Float[Array, "_ N T T"] | None = None,
-    ) -> Float[Array, "B T D"]:
+    ) -> Float[Array, "L M D"]:
         """`turn` is done to queries and keys; `bias` is added to the attention scores."""
-        x = self.attention_norm(x + self.attend(x, mask, turn, bias))
+        x = self.attention_norm(x + self.attend(x, rows, turn, bias))
         return self.output_norm(x + self.mlp(x))
 
     def attend(
         self,
-        x: Float[Array, "B T D"],
-        mask: Bool[Array, "B T"],
+        x: Float[Array, "L M D"],
+        rows: Rows,
         turn: Turning | None,
         bias: Float[Array, "_ N T T"] | None,
-    ) -> Float[Array, "B T D"]:
+    ) -> Float[Array, "L M D"]:
         """What attention adds to x."""
         query, key = self.query(x), self.key(x)
         if turn is not None:
             query, key = turn(query, self.num_heads), turn(key, self.num_heads)
         return self.output(
-            attention(query, key, self.value(x), mask, num_heads=self.num_heads, dtype=self.dtype, bias=bias)
+            attention(query, key, self.value(x), rows, num_heads=self.num_heads, dtype=self.dtype, bias=bias)
         )
 
 
@@ -124,7 +125,7 @@ class WordEmbeddings(nnx.Module):
         self.norm = LayerNorm(width, eps)
         self.types = types
 
-    def __call__(self, tokens: Tokens) -> Float[Array, "B T D"]:
+    def __call__(self, tokens: Tokens) -> Float[Array, "L M D"]:
         x = self.word(tokens.input_ids)
         if self.token_type is not None:
             # With one type only, both texts of a pair are of it.

@@ -6,15 +6,13 @@ D width, N heads, H head width, F feed-forward, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxembed.errors import UnsupportedModelError
-from jaxembed.types import NO_TASK
 
 __all__ = [
     "ACTIVATIONS",
@@ -22,7 +20,6 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "RMSNorm",
-    "Tokens",
     "activation",
     "linear",
     "matmul",
@@ -30,27 +27,6 @@ __all__ = [
 ]
 
 FLOAT32 = jnp.dtype("float32")
-
-
-class Tokens(NamedTuple):
-    """What an encoder is called with.
-
-    Attributes:
-        input_ids: token ids; what stands in the padding is arbitrary.
-        mask: tokens that are not padding. Padding is on the right in everything this project makes.
-        token_types: 0, or 1 for the second text of a pair.
-        tasks: which task each row asks for (`Architecture.tasks`); negative for none.
-    """
-
-    input_ids: Int[Array, "B T"]
-    mask: Bool[Array, "B T"]
-    token_types: Int[Array, "B T"]
-    tasks: Int[Array, " B"]
-
-    @classmethod
-    def plain(cls, input_ids: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> "Tokens":
-        """Single texts that ask for no task."""
-        return cls(input_ids, mask, jnp.zeros_like(input_ids), jnp.full(input_ids.shape[:1], NO_TASK, jnp.int32))
 
 
 def parameter(shape: tuple[int, ...], axes: tuple[str, ...], dtype: str = "float32") -> nnx.Param[jax.Array]:

@@ -15,7 +15,6 @@ from jaxembed.chain import Features, build_step, step_names, width_after
 from jaxembed.checkpoint import Checkpoint
 from jaxembed.colbert import STANFORD
 from jaxembed.errors import UnsupportedModelError
-from jaxembed.layers import Tokens
 from jaxembed.m3 import FILES, LEFT_OUT, NAMES, build_branch, conversion, lexical
 from jaxembed.models import architecture
 from jaxembed.modules import Module
@@ -23,6 +22,7 @@ from jaxembed.pooling import finish, splade
 from jaxembed.sharding import make_mesh
 from jaxembed.tensors import Tensors
 from jaxembed.tokenizer_files import read_tokenizer
+from jaxembed.tokens import Tokens
 from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION, Architecture, Names, Output, Pooling, SpladePooling
 from jaxembed.weights import Leaves, Structure, collect, place
 
@@ -91,13 +91,13 @@ class Model:
         """What the branch of an output makes of the encoder's last hidden state. For use inside a traced function."""
         chain, others = merged(self.parts, leaves)
         layers = dict(zip(self.branches, merged(tuple(self.branches.values()), others)[0], strict=True))
-        vectors: Float[Array, "B T E"] = layers[output](chain[0].hidden_states(tokens)[-1])
+        vectors: Float[Array, "B T E"] = layers[output](states(chain[0], tokens)[-1])
         return vectors
 
     def features(self, leaves: Leaves, tokens: Tokens, prompt_lengths: Int[Array, " B"]) -> Features:
         """Encoder and steps: hidden states, token vectors and, where there is Pooling, one vector a text."""
         encoder, *steps = self.chain(leaves)
-        features = Features(tuple(encoder.hidden_states(tokens)), tokens, prompt_lengths)
+        features = Features(states(encoder, tokens), tokens, prompt_lengths)
         for step in steps:
             features = step(features)
         return features
@@ -142,18 +142,18 @@ class Model:
                 return finish(self.features(leaves, tokens, prompt_lengths).states[-1], dimensions, normalize)
             case Output.SPARSE if output in self.branches:
                 weights = self.branch(output, leaves, tokens)[:, :, 0]
-                ids, size = tokens.input_ids, self.config.vocab_size
+                ids, size = tokens.padded.input_ids, self.config.vocab_size
                 return lexical(weights, ids, tokens.mask, vocab_size=size, left_out=self.left_out)
             case Output.SPARSE if self.architecture.sparse:
                 row: Float[Array, "B V"] = self.encoder(leaves).sparse(tokens)
                 return row
             case Output.SPARSE:
                 encoder = self.encoder(leaves)
-                logits = encoder.head(encoder.hidden_states(tokens)[-1], encoder)
+                logits = encoder.head(states(encoder, tokens)[-1], encoder)
                 return splade(logits, tokens.mask, self.checkpoint.splade or SpladePooling())
             case Output.SCORES:
                 encoder = self.encoder(leaves)
-                scores: Float[Array, "B L"] = encoder.head(encoder.hidden_states(tokens)[-1], tokens.mask)
+                scores: Float[Array, "B L"] = encoder.head(states(encoder, tokens)[-1], tokens.mask)
                 return scores
 
     def embed(
@@ -343,6 +343,11 @@ def unweighted(folder: Path) -> tuple[int, ...]:
     """The ids of the special tokens that get no weight in a branch's sparse vectors."""
     roles = read_tokenizer(folder).roles
     return tuple(roles[name] for name in LEFT_OUT if name in roles)
+
+
+def states(encoder: Any, tokens: Tokens) -> tuple[Float[Array, "B T D"], ...]:
+    """An encoder's hidden states by rows, whether the batch is padded or flat."""
+    return tuple(tokens.rows.apart(state) for state in encoder.hidden_states(tokens))
 
 
 def merged(parts: Sequence[Part], leaves: Leaves) -> tuple[list[Any], Leaves]:

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from jaxembed.buckets import Ladder
+from jaxembed.buckets import MEAN, Ladder, flat_shapes
 from jaxembed.types import Bucket
 
 __all__ = [
@@ -31,6 +31,9 @@ __all__ = [
 WORTH = 0.01
 """A further length must save this share of the whole cost: each is several shapes to compile."""
 
+FLAT_WORTH = 0.02
+"""The same of flat shapes, of each of whose lengths there are more."""
+
 NEAR = 0.05
 """A shape must save this share of what a batch takes in a larger one: each is to be compiled and held in memory."""
 
@@ -40,8 +43,17 @@ SMALL = 4
 ROUNDS = 3
 """How often a shape is timed."""
 
+SIZES = (1, 1 / 2, 1 / 4, 3 / 16, 1 / 8, 3 / 32, 1 / 16)
+"""Tokens of flat shapes, in parts of the largest one's."""
+
+LEAST = 32
+"""A flat shape has at least so many."""
+
 GAIN = 0.05
-"""A new ladder must save this share of what inputs cost by the old one."""
+"""A new ladder must save this share of what inputs cost by the old one, each alone or all together."""
+
+SAMPLE = 4096
+"""Inputs that this is reckoned for."""
 
 
 class Timing(NamedTuple):
@@ -52,19 +64,24 @@ class Timing(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Seconds of a batch: call + token * tokens + pair * tokens * length."""
+    """Seconds of a batch: call + token * tokens + place * places + pair * places * length."""
 
     call: float
     token: float
+    place: float
     pair: float
 
     def of(self, bucket: Bucket) -> float:
         """Of one batch of this shape."""
-        return self.call + bucket.tokens * (self.token + self.pair * bucket.seq_len)
+        return self.call + bucket.tokens * self.token + bucket.batch_size * self.of_places(bucket.seq_len)
 
     def of_row(self, length: int) -> float:
-        """What a row of this length adds to a batch."""
-        return length * (self.token + self.pair * length)
+        """What a row of this length adds to a padded batch."""
+        return length * self.token + self.of_places(length)
+
+    def of_places(self, length: int) -> float:
+        """What a row of at most this length adds to a flat batch of rows of this length, beside its tokens."""
+        return length * (self.place + self.pair * length)
 
 
 class Histogram:
@@ -100,14 +117,17 @@ def fit_cost(timings: Sequence[Timing]) -> Cost:
     from scipy.optimize import nnls
 
     seconds = np.array([timing.seconds for timing in timings])
-    terms = np.array([(1, t.bucket.tokens, t.bucket.tokens * t.bucket.seq_len) for t in timings], np.float64)
+    sizes = [(t.bucket.tokens, t.bucket.places, t.bucket.places * t.bucket.seq_len) for t in timings]
+    terms = np.array([(1, *of) for of in sizes], np.float64)
     # Of like size, the factors can be found: seconds a call beside seconds a token and a pair of tokens.
     scale = terms.max(axis=0)
     factors, _ = nnls(terms / scale / seconds[:, None], np.ones(len(seconds)))
     return Cost(*(factors / scale))
 
 
-def choose_lengths(counts: npt.NDArray[np.int64], cost: Callable[[int], float]) -> tuple[int, ...]:
+def choose_lengths(
+    counts: npt.NDArray[np.int64], cost: Callable[[int], float], *, fixed: float = 0.0, worth: float = WORTH
+) -> tuple[int, ...]:
     """The lengths l_1 < ... < l_k that cost least, where an input runs at the shortest of them that takes it.
 
     Exact over the candidates (multiples of 2 from 4 to 32, of 4 up to 64, of 8 up to 256, of 16 above): F[j] = min over
@@ -116,6 +136,8 @@ def choose_lengths(counts: npt.NDArray[np.int64], cost: Callable[[int], float]) 
     Args:
         counts: int64 [max_length + 1], inputs of each length. The greatest length is always among the chosen.
         cost: of one row of a length; rises with it.
+        fixed: what all inputs cost beside that, whatever the lengths.
+        worth: a further length must save this share of the whole cost.
     """
     longest = len(counts) - 1
     candidates = [
@@ -124,7 +146,7 @@ def choose_lengths(counts: npt.NDArray[np.int64], cost: Callable[[int], float]) 
     candidates.append(longest)
     upto = np.cumsum(counts)[candidates]
     costs = np.array([cost(n) for n in candidates])
-    price = WORTH * float(np.dot(np.diff(upto, prepend=0), costs))
+    price = worth * (fixed + float(np.dot(np.diff(upto, prepend=0), costs)))
     best = np.empty(len(candidates))
     before = np.empty(len(candidates), np.int64)
     for j in range(len(candidates)):
@@ -138,6 +160,36 @@ def choose_lengths(counts: npt.NDArray[np.int64], cost: Callable[[int], float]) 
         chosen.append(candidates[j])
         j = int(before[j])
     return tuple(reversed(chosen))
+
+
+def flat_ladder(counts: npt.NDArray[np.int64], cost: Cost, max_batch_tokens: int) -> Ladder:
+    """The shapes that inputs cost least in, where there are flat ones.
+
+    Single rows are padded, and so are full batches of rows that are alike, as out of a large job: of these there are
+    shapes of many lengths. What happened to come together is of all lengths: for that there are flat shapes, of few
+    lengths, since only attention pads, but of many sizes.
+
+    Args:
+        counts: int64 [max_length + 1], inputs of each length.
+        cost: of shapes.
+        max_batch_tokens: of the largest shapes of several rows.
+    """
+    shapes = []
+    for length in choose_lengths(counts, cost.of_row):
+        shapes += [Bucket(1, length), Bucket(max(1, max_batch_tokens // length), length)]
+    sizes = [size for part in SIZES if (size := int(max_batch_tokens * part)) >= LEAST]
+    fixed = cost.token * float(np.dot(counts, np.arange(len(counts))))
+    before = -1
+    for length in choose_lengths(counts, cost.of_places, fixed=fixed, worth=FLAT_WORTH):
+        shapes += flat_shapes(length, sizes, mean_length(counts, before + 1, length) or MEAN * length)
+        before = length
+    return Ladder(shapes)
+
+
+def mean_length(counts: npt.NDArray[np.int64], shortest: int, longest: int) -> float:
+    """Mean length of the inputs between two lengths; 0 if there are none."""
+    came = counts[shortest : longest + 1]
+    return float(np.dot(came, np.arange(shortest, longest + 1))) / came.sum() if came.any() else 0.0
 
 
 def choose_shapes(
@@ -158,6 +210,7 @@ def choose_shapes(
             one
             for one in (*chosen, *there)
             if one.batch_size >= bucket.batch_size
+            and one.tokens >= bucket.tokens
             and one.seq_len >= bucket.seq_len
             and (1 - NEAR) * seconds(one) <= seconds(bucket)
         ]
@@ -174,6 +227,7 @@ class Refinable(Protocol):
     ladder: Ladder
     max_batch_tokens: int
     batch_multiple: int
+    flat: bool
 
     def time(self, bucket: Bucket) -> float:
         """Seconds of one full batch of a compiled shape."""
@@ -208,22 +262,28 @@ def refine(engine: Refinable, counts: npt.NDArray[np.int64]) -> Ladder | None:
     within = counts[: old.max_length + 1]
     measured = least_seconds(engine, old.buckets)
     cost = fit_cost([Timing(*one) for one in measured.items()])
-    wanted = Ladder.of_lengths(
-        choose_lengths(within, cost.of_row),
-        max_batch_tokens=engine.max_batch_tokens,
-        batch_multiple=engine.batch_multiple,
-    )
-    before, after = (row_seconds(ladder, within, cost) for ladder in (old, wanted))
-    if after > (1 - GAIN) * before:
+    if engine.flat:
+        wanted = flat_ladder(within, cost, engine.max_batch_tokens)
+    else:
+        wanted = Ladder.of_lengths(
+            choose_lengths(within, cost.of_row),
+            max_batch_tokens=engine.max_batch_tokens,
+            batch_multiple=engine.batch_multiple,
+        )
+    sample = sampled(within)
+    if all(seconds(wanted, sample, cost) > (1 - GAIN) * seconds(old, sample, cost) for seconds in (alone, together)):
         return None
 
     def seconds(bucket: Bucket) -> float:
         return measured[bucket] if bucket in measured else cost.of(bucket)
 
-    likely = Ladder(choose_shapes(wanted.buckets, old.buckets, seconds))
+    def small(bucket: Bucket) -> bool:
+        return bucket.tokens * SMALL <= wanted.batch_tokens
+
+    large = choose_shapes((one for one in wanted.buckets if not small(one)), old.buckets, seconds)
+    likely = Ladder([*filter(small, wanted.buckets), *large])
     prepare(engine, likely)
-    small = [one for one in {*old.buckets, *likely.buckets} if one.tokens * SMALL <= likely.batch_tokens]
-    measured |= least_seconds(engine, small)
+    measured |= least_seconds(engine, filter(small, {*old.buckets, *likely.buckets}))
     new = Ladder(choose_shapes(likely.buckets, old.buckets, seconds))
     switch(engine, new)
     return new
@@ -262,8 +322,19 @@ def prepare(engine: Refinable, ladder: Ladder) -> None:
         engine.compile(bucket)
 
 
-def row_seconds(ladder: Ladder, counts: npt.NDArray[np.int64], cost: Cost) -> float:
-    """What all inputs cost, each at the shortest length of a ladder that takes it."""
-    lengths = sorted({bucket.seq_len for bucket in ladder.buckets})
-    places = np.searchsorted(lengths, np.arange(len(counts)))
-    return float(sum(count * cost.of_row(lengths[place]) for count, place in zip(counts, places, strict=True)))
+def sampled(counts: npt.NDArray[np.int64]) -> list[int]:
+    """Lengths as they came, `SAMPLE` of them at most."""
+    upto = np.cumsum(counts)
+    places = np.linspace(0, upto[-1], min(SAMPLE, int(upto[-1])), endpoint=False)
+    return [int(length) for length in np.searchsorted(upto, places, side="right")]
+
+
+def alone(ladder: Ladder, lengths: Sequence[int], cost: Cost) -> float:
+    """Seconds of inputs that run one at a time."""
+    least = {length: min(map(cost.of, ladder.fitting(length))) for length in set(lengths)}
+    return sum(least[length] for length in lengths)
+
+
+def together(ladder: Ladder, lengths: Sequence[int], cost: Cost) -> float:
+    """Seconds of inputs that are planned together."""
+    return sum(cost.of(plan.bucket) for plan in ladder.plan(lengths))

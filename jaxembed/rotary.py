@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxembed.errors import UnsupportedModelError
 
@@ -33,19 +33,24 @@ class Rotary:
     magnitude: float = 1.0
     interleaved: bool = False
 
-    def turn(self, length: int) -> "Turn":
-        """Cosines and sines of the places 0 to length - 1. Traceable; computed once a call, used in every layer."""
-        places = jnp.arange(length, dtype=jnp.float32)[:, None]
-        angles = places * jnp.array(self.frequencies, jnp.float32)[None, :]
+    def turn(self, places: Int[Array, "_ M"], slower: Float[Array, "_ _ R"] | float = 1.0) -> "Turn":
+        """Cosines and sines of places. Traceable; computed once a call, used in every layer.
+
+        Args:
+            places: of the tokens in their rows.
+            slower: the frequencies are multiplied by it, which may be each token's own.
+        """
+        frequencies = jnp.array(self.frequencies, jnp.float32)[None, None] * slower
+        angles = places.astype(jnp.float32)[:, :, None] * frequencies
         return Turn(jnp.cos(angles) * self.magnitude, jnp.sin(angles) * self.magnitude, self.interleaved)
 
 
 @dataclass(frozen=True)
 class Turn:
-    """The cosines and sines of a sequence's places, [T, R / 2]."""
+    """The cosines and sines of tokens' places, [B or 1, T, R / 2]."""
 
-    cos: Float[Array, "T R"]
-    sin: Float[Array, "T R"]
+    cos: Float[Array, "_ T R"]
+    sin: Float[Array, "_ T R"]
     interleaved: bool = False
 
     def __call__(self, x: Float[Array, "B T ND"], num_heads: int) -> Float[Array, "B T ND"]:
@@ -53,7 +58,7 @@ class Turn:
         heads = x.reshape(*x.shape[:2], num_heads, -1)
         half = self.cos.shape[-1]
         turned, rest = heads[..., : 2 * half], heads[..., 2 * half :]
-        cos, sin = self.cos[None, :, None, :], self.sin[None, :, None, :]
+        cos, sin = self.cos[:, :, None, :], self.sin[:, :, None, :]
         if self.interleaved:
             a, b = turned[..., 0::2], turned[..., 1::2]
         else:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,8 @@ __all__ = [
 ]
 
 Int32 = npt.NDArray[np.int32]
+
+Table = TypeVar("Table", bound=Any)
 
 NO_TASK = -1
 """A row that asks for none of the architecture's tasks."""
@@ -57,18 +59,33 @@ class Encoding:
 
 
 class Bucket(NamedTuple):
-    """A padded shape that is compiled ahead: `batch_size` rows of `seq_len` tokens."""
+    """A shape that is compiled ahead: at most `batch_size` rows of at most `seq_len` tokens.
+
+    Padded, each row is filled up to `seq_len`. Flat, they stand one right behind another (`tokens.Rows`), and what is
+    behind the last one is filled up.
+
+    Attributes:
+        batch_size: B.
+        seq_len: T.
+        flat: of a flat shape N, the tokens of all rows together; 0 for a padded one.
+    """
 
     batch_size: int
     seq_len: int
+    flat: int = 0
 
     @property
     def tokens(self) -> int:
         """Tokens the device computes for this shape, padding included."""
+        return self.flat or self.places
+
+    @property
+    def places(self) -> int:
+        """Places of tokens in the rows as attention lays them out."""
         return self.batch_size * self.seq_len
 
     def __str__(self) -> str:
-        return f"{self.batch_size}x{self.seq_len}"
+        return f"{self.batch_size}x{self.seq_len}" + (f"/{self.flat}" if self.flat else "")
 
 
 class Column(IntEnum):
@@ -86,6 +103,8 @@ class Column(IntEnum):
     """Where the second text of a pair begins; 0 where there is only one."""
     TASK = 5
     """Which of the architecture's tasks it asks for; `NO_TASK` for none."""
+    TOKENS = 6
+    """Tokens of the row, whether attention sees them or not; 0 for a row of padding."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,8 +113,9 @@ class Batch:
 
     Attributes:
         bucket: the shape.
-        table: int32 [B, C + T], for each row the C numbers of `Column`, then its token ids, right-padded. One array,
-            since each array is a way of its own to an accelerator.
+        table: int32 [B, C + T], for each row the C numbers of `Column`, then its token ids, right-padded; of a flat
+            shape [1, B * C + N], first those numbers of all rows, then the token ids of all. One array, since each is a
+            way of its own to an accelerator.
         owners: int64 [n], which item of the planned queue each real row belongs to.
     """
 
@@ -109,13 +129,30 @@ class Batch:
         return len(self.owners)
 
     @property
+    def told(self) -> Int32:
+        """int32 [B, C], a part of the table."""
+        return told(self.bucket, self.table)
+
+    @property
     def input_ids(self) -> Int32:
-        """int32 [B, T], a part of the table."""
-        return self.table[:, len(Column) :]
+        """int32 [B, T], or [1, N] of a flat shape, a part of the table."""
+        return input_ids(self.bucket, self.table)
 
     def column(self, which: Column) -> Int32:
         """int32 [B], a part of the table."""
-        return self.table[:, which]
+        return self.told[:, which]
+
+
+def told(bucket: Bucket, table: Table) -> Table:
+    """`Batch.told`, of an array of numpy's or JAX's."""
+    rows: Table = table[0, : -bucket.flat].reshape(bucket.batch_size, -1) if bucket.flat else table[:, : len(Column)]
+    return rows
+
+
+def input_ids(bucket: Bucket, table: Table) -> Table:
+    """`Batch.input_ids`, of an array of numpy's or JAX's."""
+    ids: Table = table[:, -bucket.flat if bucket.flat else len(Column) :]
+    return ids
 
 
 class Output(StrEnum):

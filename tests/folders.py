@@ -75,8 +75,8 @@ def reload(folder: Path) -> SentenceTransformer:
 
 
 def load(folder: Path, *, length: int = 32, **options: Any) -> Embedder:
-    """Ours, on one device and with a single bucket."""
-    ladder = Ladder([Bucket(8, length)])
+    """Ours, on one device and with a single bucket, a flat one."""
+    ladder = Ladder([Bucket(8, length, 4 * length)])
     return Embedder.from_pretrained(folder, ladder=ladder, mesh=make_mesh(jax.devices()[:1]), **options)
 
 

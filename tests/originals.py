@@ -17,9 +17,9 @@ import torch
 from parity import TOLERANCE, small_tokenizer
 from safetensors.torch import save_file
 
-from jaxembed.layers import NO_TASK, Tokens
 from jaxembed.loading import load
 from jaxembed.sharding import make_mesh
+from jaxembed.tokens import Tokens
 
 __all__ = ["check_token_types", "encoded", "saver"]
 
@@ -52,7 +52,7 @@ def check_token_types(model: torch.nn.Module, folder: Path, save: Callable[[Any,
     ids = random.integers(0, ours.config.vocab_size, (4, 8), np.int32)
     kinds = random.integers(0, types, (4, 8), np.int32)
     mask = np.arange(8)[None, :] < np.array([8, 1, 5, 7])[:, None]
-    tokens = Tokens(jnp.array(ids), jnp.array(mask), jnp.array(kinds), jnp.full(4, NO_TASK, jnp.int32))
+    tokens = Tokens.plain(jnp.array(ids), jnp.array(mask))._replace(token_types=jnp.array(kinds))
     got = np.asarray(ours.encoder(ours.leaves).hidden_states(tokens)[-1])
     with torch.no_grad():
         want = model(

@@ -20,7 +20,7 @@ from jaxembed.blocks import (
     norm_weights,
 )
 from jaxembed.heads import classifier_head, masked_lm_head
-from jaxembed.layers import Tokens
+from jaxembed.tokens import Tokens
 from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION, Architecture, Weights
 
 __all__ = ["ARCHITECTURE", "Albert", "Config"]
@@ -63,12 +63,12 @@ class Albert(nnx.Module):
         )
         self.turns = config.turns
 
-    def hidden_states(self, tokens: Tokens) -> list[Float[Array, "B T D"]]:
+    def hidden_states(self, tokens: Tokens) -> list[Float[Array, "L M D"]]:
         """The widened embeddings and each inner layer's output, as Hugging Face's `output_hidden_states`."""
         states = [self.embeddings(tokens)]
         for group in self.turns:
             for layer in self.groups[group]:
-                states.append(layer(states[-1], tokens.mask))
+                states.append(layer(states[-1], tokens.rows))
         return states
 
 

@@ -14,15 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxembed.attention import attention, split_heads
 from jaxembed.blocks import linear_weights, norm_weights
 from jaxembed.configs import check_heads, read_fields
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.heads import classifier_head, masked_lm_head
-from jaxembed.layers import Embedding, LayerNorm, Linear, Tokens, activation, matmul, parameter
+from jaxembed.layers import Embedding, LayerNorm, Linear, activation, matmul, parameter
 from jaxembed.relative import distances, skew
+from jaxembed.tokens import Rows, Tokens
 from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION, Architecture, Weight, Weights
 
 __all__ = ["ARCHITECTURE", "Config", "DebertaV2", "log_buckets"]
@@ -191,10 +192,10 @@ class Embeddings(nnx.Module):
         self.norm = LayerNorm(width, config.layer_norm_eps)
         self.types = types
 
-    def __call__(self, tokens: Tokens) -> Float[Array, "B T D"]:
+    def __call__(self, tokens: Tokens) -> Float[Array, "L M D"]:
         x = self.word(tokens.input_ids)
         if self.position is not None:
-            x = x + self.position(jnp.arange(x.shape[1], dtype=jnp.int32))[None]
+            x = x + self.position(tokens.rows.places)
         if self.token_type is not None:
             x = x + self.token_type(jnp.minimum(tokens.token_types, self.types - 1))
         return self.norm(x if self.projection is None else self.projection(x))
@@ -216,19 +217,18 @@ class Convolution(nnx.Module):
         self.norm = LayerNorm(width, config.layer_norm_eps)
         self.activation = activation(config.conv_act)
 
-    def __call__(
-        self, x: Float[Array, "B T D"], y: Float[Array, "B T D"], mask: Bool[Array, "B T"]
-    ) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "L M D"], y: Float[Array, "L M D"], rows: Rows) -> Float[Array, "L M D"]:
         kernel = self.kernel[...]
         size = kernel.shape[-1]
+        x = rows.apart(x)
         batch, length, width = x.shape
         # Padding is 0, as before the first token and behind the last one.
-        padded = jnp.pad(jnp.where(mask[:, :, None], x, 0.0), ((0, 0), (size // 2, size // 2), (0, 0)))
+        padded = jnp.pad(jnp.where(rows.mask[:, :, None], x, 0.0), ((0, 0), (size // 2, size // 2), (0, 0)))
         near = jnp.stack([padded[:, i : i + length] for i in range(size)], axis=2)
         near = near.reshape(batch, length, size, self.groups, -1)
         grouped = kernel.reshape(self.groups, -1, *kernel.shape[1:])
         mixed = matmul("BTKGI,GOIK->BTGO", near, grouped, kernel.dtype).reshape(batch, length, width)
-        return self.norm(y + self.activation(mixed + self.bias[...][None, None]))
+        return self.norm(y + self.activation(rows.together(mixed) + self.bias[...][None, None]))
 
 
 class Layer(nnx.Module):
@@ -262,16 +262,16 @@ class Layer(nnx.Module):
         self.scale = float(width // self.num_heads * (1 + len(set(kinds)))) ** -0.5
         self.dtype = jnp.dtype(dtype)
 
-    def __call__(
-        self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"], relative: Relative | None
-    ) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "L M D"], rows: Rows, relative: Relative | None) -> Float[Array, "L M D"]:
         query, key = self.query(x), self.key(x)
-        bias = None if relative is None or not self.kinds else self.bias(query, key, relative)
+        bias = None
+        if relative is not None and self.kinds:
+            bias = self.bias(rows.apart(query), rows.apart(key), relative)
         mixed = attention(
             query,
             key,
             self.value(x),
-            mask,
+            rows,
             num_heads=self.num_heads,
             dtype=self.dtype,
             scale=self.scale,
@@ -316,14 +316,14 @@ class DebertaV2(nnx.Module):
         self.layers = nnx.List([Layer(config, dtype) for _ in range(config.num_hidden_layers)])
         self.convolution = Convolution(config, dtype) if config.conv_kernel_size > 0 else None
 
-    def hidden_states(self, tokens: Tokens) -> list[Float[Array, "B T D"]]:
+    def hidden_states(self, tokens: Tokens) -> list[Float[Array, "L M D"]]:
         """The embeddings' output and each layer's after it, as Hugging Face's `output_hidden_states`."""
-        relative = None if self.relative is None else self.relative(tokens.input_ids.shape[1])
+        relative = None if self.relative is None else self.relative(tokens.rows.length)
         states = [self.embeddings(tokens)]
         for layer in self.layers:
-            y = layer(states[-1], tokens.mask, relative)
+            y = layer(states[-1], tokens.rows, relative)
             if self.convolution is not None and len(states) == 1:
-                y = self.convolution(states[0], y, tokens.mask)
+                y = self.convolution(states[0], y, tokens.rows)
             states.append(y)
         return states
 

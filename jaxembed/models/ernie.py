@@ -11,7 +11,8 @@ from jaxtyping import Array, Float
 
 from jaxembed.blocks import BERT_WEIGHTS, OLD_NORM_NAMES, BertConfig, BertEmbeddings, PostNormEncoder
 from jaxembed.heads import BERT_HEADS
-from jaxembed.layers import Embedding, Tokens
+from jaxembed.layers import Embedding
+from jaxembed.tokens import Tokens
 from jaxembed.types import Architecture, Weight, Weights
 
 __all__ = ["ARCHITECTURE", "Config", "Embeddings", "build"]
@@ -38,7 +39,7 @@ class Embeddings(BertEmbeddings):
         types = (config.task_type_vocab_size, config.hidden_size)
         self.task_type = Embedding(types, ("token_type", "embed"), dtype) if config.use_task_id else None
 
-    def total(self, tokens: Tokens) -> Float[Array, "B T D"]:
+    def total(self, tokens: Tokens) -> Float[Array, "L M D"]:
         """What is normalised: all that is known of each token."""
         x = super().total(tokens)
         return x if self.task_type is None else x + self.task_type(jnp.zeros((1, 1), jnp.int32))

@@ -19,8 +19,9 @@ from jaxembed.configs import check_heads, read_fields
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.gated import GatedLayer, GatedMLP, WordEmbeddings
 from jaxembed.heads import classifier_head, masked_lm_head
-from jaxembed.layers import Tokens, activation
+from jaxembed.layers import activation
 from jaxembed.rotary import Rotary, read_rotary
+from jaxembed.tokens import Tokens
 from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION, Architecture, Weight, Weights
 
 __all__ = ["ARCHITECTURE", "Config", "Gte"]
@@ -108,12 +109,12 @@ class Gte(nnx.Module):
         )
         self.rotary = config.rotary
 
-    def hidden_states(self, tokens: Tokens) -> list[Float[Array, "B T D"]]:
+    def hidden_states(self, tokens: Tokens) -> list[Float[Array, "L M D"]]:
         """The embeddings' output and each layer's after it, as Hugging Face's `output_hidden_states`."""
-        turn = self.rotary.turn(tokens.input_ids.shape[1])
+        turn = self.rotary.turn(tokens.rows.places)
         states = [self.embeddings(tokens)]
         for layer in self.layers:
-            states.append(layer(states[-1], tokens.mask, turn=turn))
+            states.append(layer(states[-1], tokens.rows, turn=turn))
         return states
 
 

@@ -14,14 +14,15 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jaxembed.attention import attention
 from jaxembed.blocks import BertConfig, PostNormLayer, bert_layer_weights, linear_weights, norm_weights
 from jaxembed.configs import check_heads, read_fields
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.gated import GatedLayer, GatedMLP, Turning, WordEmbeddings
-from jaxembed.layers import LayerNorm, Tokens, activation
+from jaxembed.layers import LayerNorm, activation
+from jaxembed.tokens import Rows, Tokens
 from jaxembed.types import Architecture, Weight, Weights
 
 __all__ = ["ARCHITECTURE", "Config", "JinaBert"]
@@ -92,14 +93,14 @@ class QKNormLayer(GatedLayer):
 
     def attend(
         self,
-        x: Float[Array, "B T D"],
-        mask: Bool[Array, "B T"],
+        x: Float[Array, "L M D"],
+        rows: Rows,
         turn: Turning | None,
         bias: Float[Array, "_ N T T"] | None,
-    ) -> Float[Array, "B T D"]:
+    ) -> Float[Array, "L M D"]:
         """What attention adds to x; `turn` is not for this model."""
         query, key = self.query_norm(self.query(x)), self.key_norm(self.key(x))
-        mixed = attention(query, key, self.value(x), mask, num_heads=self.num_heads, dtype=self.dtype, bias=bias)
+        mixed = attention(query, key, self.value(x), rows, num_heads=self.num_heads, dtype=self.dtype, bias=bias)
         return self.inner_norm(x + self.output(mixed))
 
 
@@ -135,14 +136,14 @@ class JinaBert(nnx.Module):
         self.layers = nnx.List([make_layer(config, dtype) for _ in range(config.num_hidden_layers)])
         self.num_heads = config.num_attention_heads
 
-    def hidden_states(self, tokens: Tokens) -> list[Float[Array, "B T D"]]:
+    def hidden_states(self, tokens: Tokens) -> list[Float[Array, "L M D"]]:
         """The embeddings' output and each layer's after it, as Hugging Face's `output_hidden_states`."""
-        places = jnp.arange(tokens.input_ids.shape[1], dtype=jnp.float32)
+        places = jnp.arange(tokens.rows.length, dtype=jnp.float32)
         distances = jnp.abs(places[None, :] - places[:, None])
         bias = -jnp.array(slopes(self.num_heads), jnp.float32)[None, :, None, None] * distances[None, None]
         states = [self.embeddings(tokens)]
         for layer in self.layers:
-            states.append(layer(states[-1], tokens.mask, bias=bias))
+            states.append(layer(states[-1], tokens.rows, bias=bias))
         return states
 
 

@@ -17,14 +17,15 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxembed.attention import attention
 from jaxembed.blocks import linear_weights, norm_weights
 from jaxembed.configs import check_heads, read_fields
 from jaxembed.errors import UnsupportedModelError
-from jaxembed.layers import Embedding, LayerNorm, Linear, Tokens, activation, matmul, parameter
+from jaxembed.layers import Embedding, LayerNorm, Linear, activation, matmul, parameter
 from jaxembed.rotary import Rotary, Turn, read_rotary
+from jaxembed.tokens import Tokens
 from jaxembed.types import Architecture, Layout, Weight, Weights
 
 __all__ = ["ARCHITECTURE", "ORIGINAL", "Config", "JinaV3"]
@@ -143,14 +144,17 @@ class LoRA(nnx.Module):
         self.b = parameter((tasks, rank, size[1]), ("adapter", "rank", axes[1]), dtype)
         self.scaling = config.lora_alpha / rank
 
-    def __call__(self, x: Float[Array, "B T In"], tasks: Int[Array, " B"]) -> Float[Array, "B T Out"]:
+    def __call__(self, x: Float[Array, "L M In"], tokens: Tokens) -> Float[Array, "L M Out"]:
         """For features; a row whose task is negative gets 0."""
-        a = self.a[...]
-        return self.widen(matmul("BTI,BIR->BTR", x, a[jnp.maximum(tasks, 0)], a.dtype), tasks)
+        a, tasks = self.a[...], tokens.tasks
+        low = matmul("BTI,BIR->BTR", tokens.rows.apart(x), a[jnp.maximum(tasks, 0)], a.dtype)
+        return tokens.rows.together(self.widen(low, tasks))
 
-    def look_up(self, ids: Int[Array, "B T"], tasks: Int[Array, " B"]) -> Float[Array, "B T Out"]:
+    def look_up(self, ids: Int[Array, "L M"], tokens: Tokens) -> Float[Array, "L M Out"]:
         """For rows of a table; a row whose task is negative gets 0."""
-        return self.widen(self.a[...].at[jnp.maximum(tasks, 0)[:, None], ids].get(mode="clip"), tasks)
+        tasks = tokens.tasks
+        low = self.a[...].at[jnp.maximum(tasks, 0)[:, None], tokens.rows.apart(ids)].get(mode="clip")
+        return tokens.rows.together(self.widen(low, tasks))
 
     def widen(self, low: Float[Array, "B T R"], tasks: Int[Array, " B"]) -> Float[Array, "B T Out"]:
         """From R features to all."""
@@ -171,10 +175,10 @@ class TaskLinear(Linear):
         super().__init__(size, axes, dtype)
         self.lora = lora(size, axes, config, dtype)
 
-    def adapted(self, x: Float[Array, "B T In"], tasks: Int[Array, " B"]) -> Float[Array, "B T Out"]:
+    def adapted(self, x: Float[Array, "L M In"], tokens: Tokens) -> Float[Array, "L M Out"]:
         """x @ kernel + bias, and what each row's task adds."""
         y = self(x)
-        return y if self.lora is None else y + self.lora(x, tasks)
+        return y if self.lora is None else y + self.lora(x, tokens)
 
 
 class TaskEmbedding(Embedding):
@@ -184,10 +188,10 @@ class TaskEmbedding(Embedding):
         super().__init__(size, axes, dtype)
         self.lora = lora(size, axes, config, dtype)
 
-    def adapted(self, ids: Int[Array, "B T"], tasks: Int[Array, " B"]) -> Float[Array, "B T D"]:
+    def adapted(self, ids: Int[Array, "L M"], tokens: Tokens) -> Float[Array, "L M D"]:
         """The vectors of the ids, and what each row's task adds."""
         y = self(ids)
-        return y if self.lora is None else y + self.lora.look_up(ids, tasks)
+        return y if self.lora is None else y + self.lora.look_up(ids, tokens)
 
 
 class Layer(nnx.Module):
@@ -209,18 +213,16 @@ class Layer(nnx.Module):
         self.num_heads = config.num_attention_heads
         self.dtype = jnp.dtype(dtype)
 
-    def __call__(
-        self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"], tasks: Int[Array, " B"], turn: Turn
-    ) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "L M D"], tokens: Tokens, turn: Turn) -> Float[Array, "L M D"]:
         q, k, v = self.query(x), self.key(x), self.value(x)
         if self.qkv_lora is not None:
-            more_q, more_k, more_v = jnp.split(self.qkv_lora(x, tasks), 3, axis=-1)
+            more_q, more_k, more_v = jnp.split(self.qkv_lora(x, tokens), 3, axis=-1)
             q, k, v = q + more_q, k + more_k, v + more_v
         q, k = turn(q, self.num_heads), turn(k, self.num_heads)
-        mixed = attention(q, k, v, mask, num_heads=self.num_heads, dtype=self.dtype)
-        x = self.attention_norm(x + self.output.adapted(mixed, tasks))
-        inner = self.activation(self.up.adapted(x, tasks))
-        return self.output_norm(x + self.down.adapted(inner, tasks))
+        mixed = attention(q, k, v, tokens.rows, num_heads=self.num_heads, dtype=self.dtype)
+        x = self.attention_norm(x + self.output.adapted(mixed, tokens))
+        inner = self.activation(self.up.adapted(x, tokens))
+        return self.output_norm(x + self.down.adapted(inner, tokens))
 
 
 class JinaV3(nnx.Module):
@@ -240,15 +242,15 @@ class JinaV3(nnx.Module):
         self.types = config.type_vocab_size
         self.rotary = config.rotary
 
-    def hidden_states(self, tokens: Tokens) -> list[Float[Array, "B T D"]]:
+    def hidden_states(self, tokens: Tokens) -> list[Float[Array, "L M D"]]:
         """The embeddings' output and each layer's after it, as Hugging Face's `output_hidden_states`."""
         # With one type only, both texts of a pair are of it.
         types = jnp.minimum(tokens.token_types, self.types - 1)
-        x = self.word.adapted(tokens.input_ids, tokens.tasks) + self.token_type.adapted(types, tokens.tasks)
-        turn = self.rotary.turn(tokens.input_ids.shape[1])
+        x = self.word.adapted(tokens.input_ids, tokens) + self.token_type.adapted(types, tokens)
+        turn = self.rotary.turn(tokens.rows.places)
         states = [self.embedding_norm(x)]
         for layer in self.layers:
-            states.append(layer(states[-1], tokens.mask, tokens.tasks, turn))
+            states.append(layer(states[-1], tokens, turn))
         return states
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jaxembed.attention import attention
 from jaxembed.blocks import linear_weights, norm_weights
@@ -20,8 +20,9 @@ from jaxembed.configs import check_heads, read_fields
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.gated import GatedMLP
 from jaxembed.heads import Classifier, MaskedLM, count_labels, shares_word_table
-from jaxembed.layers import Embedding, LayerNorm, Linear, Tokens, activation
+from jaxembed.layers import Embedding, LayerNorm, Linear, activation
 from jaxembed.rotary import Rotary, Turn, read_rotary
+from jaxembed.tokens import Rows, Tokens
 from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION, Architecture, Head, PoolingMode, Weight, Weights
 
 __all__ = ["ARCHITECTURE", "Config", "ModernBert"]
@@ -154,13 +155,13 @@ class Layer(nnx.Module):
         self.window = config.window if sliding else None
         self.dtype = jnp.dtype(dtype)
 
-    def __call__(self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"], turn: Turn) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "L M D"], rows: Rows, turn: Turn) -> Float[Array, "L M D"]:
         y = x if self.attention_norm is None else self.attention_norm(x)
         mixed = attention(
             turn(self.query(y), self.num_heads),
             turn(self.key(y), self.num_heads),
             self.value(y),
-            mask,
+            rows,
             num_heads=self.num_heads,
             dtype=self.dtype,
             window=self.window,
@@ -190,13 +191,13 @@ class ModernBert(nnx.Module):
         self.full = config.full
         self.sliding = config.sliding
 
-    def hidden_states(self, tokens: Tokens) -> list[Float[Array, "B T D"]]:
+    def hidden_states(self, tokens: Tokens) -> list[Float[Array, "L M D"]]:
         """The embeddings' output and each layer's after it, the last one after the final norm."""
-        length = tokens.input_ids.shape[1]
-        full, sliding = self.full.turn(length), self.sliding.turn(length)
+        places = tokens.rows.places
+        full, sliding = self.full.turn(places), self.sliding.turn(places)
         states = [self.embedding_norm(self.word(tokens.input_ids))]
         for layer in self.layers:
-            states.append(layer(states[-1], tokens.mask, full if layer.window is None else sliding))
+            states.append(layer(states[-1], tokens.rows, full if layer.window is None else sliding))
         states[-1] = self.final_norm(states[-1])
         return states
 

@@ -19,8 +19,8 @@ from jaxembed.blocks import (
 )
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.heads import classifier_head, masked_lm_head
-from jaxembed.layers import Tokens
 from jaxembed.relative import DistanceBias
+from jaxembed.tokens import Tokens
 from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION, Architecture, Weight, Weights
 
 __all__ = ["ARCHITECTURE", "Config", "MPNet"]
@@ -73,12 +73,12 @@ class MPNet(PostNormEncoder):
         rows = config.relative_attention_num_buckets
         self.bias = DistanceBias(BUCKETS, FURTHEST, config.num_attention_heads, rows=rows)
 
-    def hidden_states(self, tokens: Tokens) -> list[Float[Array, "B T D"]]:
+    def hidden_states(self, tokens: Tokens) -> list[Float[Array, "L M D"]]:
         """The embeddings' output and each layer's after it, as Hugging Face's `output_hidden_states`."""
-        bias = self.bias(tokens.input_ids.shape[1])
+        bias = self.bias(tokens.rows.length)
         states = [self.embeddings(tokens)]
         for layer in self.layers:
-            states.append(layer(states[-1], tokens.mask, bias))
+            states.append(layer(states[-1], tokens.rows, bias))
         return states
 
 

@@ -19,14 +19,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jaxembed.blocks import linear_weights, norm_weights
 from jaxembed.configs import check_heads, read_fields
 from jaxembed.errors import UnsupportedModelError
-from jaxembed.gated import GatedLayer, GatedMLP, Turning, WordEmbeddings
-from jaxembed.layers import Linear, Tokens, activation, matmul, parameter
+from jaxembed.gated import GatedLayer, GatedMLP, WordEmbeddings
+from jaxembed.layers import Linear, activation, matmul, parameter
 from jaxembed.rotary import Rotary, Turn, read_rotary
+from jaxembed.tokens import Rows, Tokens
 from jaxembed.types import Architecture, Weight, Weights
 
 __all__ = ["ARCHITECTURE", "Config", "NomicBert"]
@@ -185,23 +186,6 @@ def check_agreement(read: Config, config: Mapping[str, Any]) -> None:
             raise UnsupportedModelError("config.json says other angles in rope_parameters than by older names")
 
 
-@dataclass(frozen=True)
-class Turns:
-    """As `rotary.Turn`, with cosines and sines of each row's own."""
-
-    cos: Float[Array, "B T R"]
-    sin: Float[Array, "B T R"]
-    interleaved: bool
-
-    def __call__(self, x: Float[Array, "B T ND"], num_heads: int) -> Float[Array, "B T ND"]:
-        """Turn each row."""
-
-        def turn(cos: jax.Array, sin: jax.Array, row: jax.Array) -> jax.Array:
-            return Turn(cos, sin, self.interleaved)(row[None], num_heads)[0]
-
-        return jax.vmap(turn)(self.cos, self.sin, x)
-
-
 class Plain(nnx.Module):
     """A feed-forward without a gate, as between experts: fc2(act(fc1(x)))."""
 
@@ -211,7 +195,7 @@ class Plain(nnx.Module):
         self.fc2 = Linear((inner, width), ("mlp", "embed"), dtype, bias=config.mlp_fc2_bias)
         self.activation = activation(config.hidden_act)
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "L M D"]) -> Float[Array, "L M D"]:
         return self.fc2(self.activation(self.fc1(x)))
 
 
@@ -235,7 +219,7 @@ class Experts(nnx.Module):
         self.experts = config.num_experts
         self.chosen = config.moe_top_k
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "L M D"]) -> Float[Array, "L M D"]:
         parts, chosen = jax.lax.top_k(jax.nn.softmax(self.router(x), axis=-1), self.chosen)
         total = jnp.zeros_like(x)
         for n, (w1, w2) in enumerate(zip(*(jnp.split(w[...], self.experts) for w in (self.w1, self.w2)), strict=True)):
@@ -284,26 +268,24 @@ class NomicBert(nnx.Module):
         self.scaling = config.rotary_scaling_factor
         self.trained = config.max_trained_positions
 
-    def hidden_states(self, tokens: Tokens) -> list[Float[Array, "B T D"]]:
+    def hidden_states(self, tokens: Tokens) -> list[Float[Array, "L M D"]]:
         """The embeddings' output and each layer's after it, as Hugging Face's `output_hidden_states`."""
-        turn = self.turn(tokens.mask)
+        turn = self.turn(tokens.rows)
         states = [self.embeddings(tokens)]
         for layer in self.layers:
-            states.append(layer(states[-1], tokens.mask, turn=turn))
+            states.append(layer(states[-1], tokens.rows, turn=turn))
         return states
 
-    def turn(self, mask: Bool[Array, "B T"]) -> Turning:
+    def turn(self, rows: Rows) -> Turn:
         """By the angles of the places, or of the places in each row where they depend on its length."""
-        length, pairs = mask.shape[1], len(self.rotary.frequencies)
-        if not self.scaling or length <= self.trained:
-            return self.rotary.turn(length)
-        lengths = jnp.maximum(jnp.sum(mask, axis=1, dtype=jnp.int32), self.trained).astype(jnp.float32)
+        pairs = len(self.rotary.frequencies)
+        if not self.scaling or rows.length <= self.trained:
+            return self.rotary.turn(rows.places)
+        lengths = jnp.maximum(jnp.sum(rows.mask, axis=1, dtype=jnp.int32), self.trained).astype(jnp.float32)
         grown = self.scaling * lengths / self.trained - (self.scaling - 1)
         # theta^(-2i / R), of a theta that is grown^(R / (R - 2)) times as large.
-        slower = grown[:, None] ** (-jnp.arange(pairs, dtype=jnp.float32) / (pairs - 1))[None, :]
-        frequencies = jnp.array(self.rotary.frequencies, jnp.float32)[None, :] * slower
-        angles = jnp.arange(length, dtype=jnp.float32)[None, :, None] * frequencies[:, None, :]
-        return Turns(jnp.cos(angles), jnp.sin(angles), self.rotary.interleaved)
+        exponents = -jnp.arange(pairs, dtype=jnp.float32) / (pairs - 1)
+        return self.rotary.turn(rows.places, rows.each(grown)[:, :, None] ** exponents[None, None])
 
 
 WEIGHTS: Weights = {

@@ -13,7 +13,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxembed.configs import read_fields
-from jaxembed.layers import Tokens, parameter
+from jaxembed.layers import parameter
+from jaxembed.tokens import Tokens
 from jaxembed.types import Architecture, Weight
 
 __all__ = ["ARCHITECTURE", "Config", "SparseStaticEmbedding"]
@@ -58,6 +59,7 @@ class SparseStaticEmbedding(nnx.Module):
 
     def sparse(self, tokens: Tokens) -> Float[Array, "B V"]:
         """Each token's weight at its place, 0 elsewhere."""
+        tokens = tokens.padded
         weights = self.weights[...]
         rows = jnp.arange(tokens.mask.shape[0], dtype=jnp.int32)[:, None]
         there = jnp.zeros((tokens.mask.shape[0], weights.shape[0]), jnp.float32)

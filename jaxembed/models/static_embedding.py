@@ -14,7 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxembed.configs import read_fields
-from jaxembed.layers import Embedding, Tokens, parameter
+from jaxembed.layers import Embedding, parameter
+from jaxembed.tokens import Tokens
 from jaxembed.types import Architecture, Weight
 
 __all__ = ["ARCHITECTURE", "Config", "StaticEmbedding"]
@@ -66,7 +67,7 @@ class StaticEmbedding(nnx.Module):
         self.mapping = parameter((config.vocab_size,), ("vocab",), "int32") if config.mapped else None
         self.weights = parameter((config.vocab_size,), ("vocab",)) if config.weighted else None
 
-    def hidden_states(self, tokens: Tokens) -> list[Float[Array, "B T D"]]:
+    def hidden_states(self, tokens: Tokens) -> list[Float[Array, "L M D"]]:
         """One state: each token's vector."""
         ids = tokens.input_ids
         rows = ids if self.mapping is None else jnp.take(self.mapping[...], ids, mode="clip")

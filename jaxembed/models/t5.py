@@ -11,14 +11,15 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jaxembed.attention import attention
 from jaxembed.blocks import linear_weights, norm_weights
 from jaxembed.configs import read_fields
 from jaxembed.errors import UnsupportedModelError
-from jaxembed.layers import Embedding, Linear, RMSNorm, Tokens, activation
+from jaxembed.layers import Embedding, Linear, RMSNorm, activation
 from jaxembed.relative import DistanceBias
+from jaxembed.tokens import Rows, Tokens
 from jaxembed.types import Architecture, Weight, Weights
 
 __all__ = ["ARCHITECTURE", "Config", "T5Encoder"]
@@ -101,7 +102,7 @@ class FeedForward(nnx.Module):
         self.down = Linear(size[::-1], ("mlp", "embed"), dtype, bias=False)
         self.activation = activation(config.dense_act_fn)
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "L M D"]) -> Float[Array, "L M D"]:
         inner = self.activation(self.inner(x))
         return self.down(inner if self.up is None else inner * self.up(x))
 
@@ -126,15 +127,13 @@ class Layer(nnx.Module):
         self.num_heads = config.num_heads
         self.dtype = jnp.dtype(dtype)
 
-    def __call__(
-        self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"], bias: Float[Array, "1 N T T"]
-    ) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "L M D"], rows: Rows, bias: Float[Array, "1 N T T"]) -> Float[Array, "L M D"]:
         y = self.attention_norm(x)
         mixed = attention(
             self.query(y),
             self.key(y),
             self.value(y),
-            mask,
+            rows,
             num_heads=self.num_heads,
             dtype=self.dtype,
             scale=1.0,
@@ -159,12 +158,12 @@ class T5Encoder(nnx.Module):
         self.layers = nnx.List([Layer(config, dtype) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
 
-    def hidden_states(self, tokens: Tokens) -> list[Float[Array, "B T D"]]:
+    def hidden_states(self, tokens: Tokens) -> list[Float[Array, "L M D"]]:
         """The embeddings and each layer's output, the last one normalised, as Hugging Face's `output_hidden_states`."""
-        bias = self.bias(tokens.input_ids.shape[1])
+        bias = self.bias(tokens.rows.length)
         states = [self.word(tokens.input_ids)]
         for layer in self.layers:
-            states.append(layer(states[-1], tokens.mask, bias))
+            states.append(layer(states[-1], tokens.rows, bias))
         return [*states[:-1], self.norm(states[-1])]
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from jaxembed import attention as attention_module
 from jaxembed.attention import FUSED_LENGTH, attention, fused_attention, right_padded
+from jaxembed.tokens import Rows
 
 FLOAT32 = jnp.dtype("float32")
 BFLOAT16 = jnp.dtype("bfloat16")
@@ -37,21 +38,34 @@ def reference_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.nd
 
 
 @pytest.mark.parametrize("heads", [1, 2, 6])
-@pytest.mark.parametrize("keys", [7, 10])
-def test_attention(heads: int, keys: int) -> None:
-    """Several head counts; as many keys as queries, or more; masks with holes."""
-    q, k, v = normal(3, 7, 12), normal(3, keys, 12, seed=1), normal(3, keys, 12, seed=2)
-    mask = np.random.default_rng(3).random((3, keys)) < 0.6
+def test_attention(heads: int) -> None:
+    """Several head counts; masks with holes."""
+    q, k, v = normal(3, 7, 12), normal(3, 7, 12, seed=1), normal(3, 7, 12, seed=2)
+    mask = np.random.default_rng(3).random((3, 7)) < 0.6
     mask[:, 2] = True
-    got = jax.jit(lambda *a: attention(*a, num_heads=heads, dtype=FLOAT32))(q, k, v, mask)
+    got = jax.jit(lambda *a: attention(*a, num_heads=heads, dtype=FLOAT32))(q, k, v, Rows(mask))
     np.testing.assert_allclose(got, reference_attention(q, k, v, mask, heads), atol=1e-6)
+
+
+def test_attention_of_rows_in_line() -> None:
+    """Each row sees itself alone, and of itself what it may see."""
+    lengths, seen = [3, 5, 1, 0], [3, 4, 1, 0]
+    q, k, v = normal(1, 11, 8), normal(1, 11, 8, seed=1), normal(1, 11, 8, seed=2)
+    rows = Rows.in_line(jnp.asarray(lengths), jnp.asarray(seen), tokens=11, length=6)
+    got = np.asarray(jax.jit(lambda *a: attention(*a, num_heads=2, dtype=FLOAT32))(q, k, v, rows))
+    assert got.shape == q.shape and np.isfinite(got).all()
+    for start, length, keys in zip(np.cumsum([0, *lengths]), lengths, seen, strict=False):
+        own = slice(start, start + length)
+        mask = np.arange(length)[None] < keys
+        wanted = reference_attention(*(x[:, own] for x in (q, k, v)), mask, 2) if length else q[:, own]
+        np.testing.assert_allclose(got[:, own], wanted, atol=1e-6)
 
 
 def test_attention_does_not_overflow() -> None:
     """Scores of thousands: the greatest is taken off before the exponential."""
     q, k, v = 100 * normal(1, 4, 8), 100 * normal(1, 4, 8, seed=1), normal(1, 4, 8, seed=2)
     mask = np.ones((1, 4), bool)
-    got = attention(*map(jnp.asarray, (q, k, v, mask)), num_heads=2, dtype=FLOAT32)
+    got = attention(*map(jnp.asarray, (q, k, v)), Rows(jnp.asarray(mask)), num_heads=2, dtype=FLOAT32)
     np.testing.assert_allclose(got, reference_attention(q, k, v, mask, 2), atol=1e-4)
 
 
@@ -60,7 +74,7 @@ def test_masked_keys_have_no_weight_at_all() -> None:
     q, k, v = normal(2, 5, 8), normal(2, 5, 8, seed=1), normal(2, 5, 8, seed=2)
     mask = np.array([[True, True, False, True, False], [True, False, False, False, False]])
     hidden = ~mask[:, :, None]
-    compute = jax.jit(lambda k, v: attention(jnp.asarray(q), k, v, jnp.asarray(mask), num_heads=2, dtype=FLOAT32))
+    compute = jax.jit(lambda k, v: attention(jnp.asarray(q), k, v, Rows(jnp.asarray(mask)), num_heads=2, dtype=FLOAT32))
     plain = compute(k, v)
     np.testing.assert_array_equal(plain, compute(np.where(hidden, 1e3, k), np.where(hidden, -1e3, v)))
     # A single visible key is copied.
@@ -73,9 +87,9 @@ def test_a_row_without_any_key_is_finite() -> None:
     mask = jnp.asarray([[True] * 4, [False] * 4])
 
     def total(q: jax.Array) -> jax.Array:
-        return attention(q, k, v, mask, num_heads=2, dtype=FLOAT32).sum()
+        return attention(q, k, v, Rows(mask), num_heads=2, dtype=FLOAT32).sum()
 
-    assert np.isfinite(attention(q, k, v, mask, num_heads=2, dtype=FLOAT32)).all()
+    assert np.isfinite(attention(q, k, v, Rows(mask), num_heads=2, dtype=FLOAT32)).all()
     assert np.isfinite(jax.grad(total)(q)).all()
 
 
@@ -84,11 +98,11 @@ def test_attention_in_bfloat16_returns_float32() -> None:
     q, k, v = normal(1, 6, 8), normal(1, 6, 8, seed=1), normal(1, 6, 8, seed=2)
     mask = np.array([[True, True, False, True, True, False]])
     call = jax.jit(partial(attention, num_heads=2, dtype=BFLOAT16))
-    got = call(q, k, v, mask)
+    got = call(q, k, v, Rows(mask))
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, reference_attention(q, k, v, mask, 2), atol=1e-6)
     for platform, products in (("cpu", 0), ("cuda", 2), ("tpu", 2)):
-        text = call.trace(q, k, v, mask).lower(lowering_platforms=(platform,)).as_text()
+        text = call.trace(q, k, v, Rows(mask)).lower(lowering_platforms=(platform,)).as_text()
         assert len(re.findall(r"dot_general.*xbf16>, tensor<[0-9x]*xbf16>\) -> tensor<[0-9x]*xf32>", text)) == products
 
 
@@ -143,10 +157,10 @@ def test_when_attention_is_fused(asked: list[Any], wanted: bool, options: dict[s
     k, v = (normal(2, length, 16 * kv_heads // heads, seed=seed) for seed in (1, 2))
     mask = np.arange(length) < np.array([[length], [3]])
     call = jax.jit(partial(attention, **options))
-    plain = call(q, k, v, mask)
+    plain = call(q, k, v, Rows(mask))
     with right_padded() if right else nullcontext():
         # Traced anew: a new function.
-        got = jax.jit(partial(attention, **options))(q, k, v, mask)
+        got = jax.jit(partial(attention, **options))(q, k, v, Rows(mask))
     assert bool(asked) == wanted
     np.testing.assert_array_equal(got, plain)
 

@@ -8,39 +8,52 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxembed.buckets import DISPATCH_TOKENS, Ladder, Row, pack
+from jaxembed.buckets import DISPATCH_TOKENS, Ladder, Row, pack, work
 from jaxembed.errors import BucketError
 from jaxembed.types import Bucket, Column, Encoding
 
-buckets = st.builds(Bucket, st.integers(1, 9), st.integers(1, 40))
+buckets = st.builds(Bucket, st.integers(1, 9), st.integers(1, 40), st.just(0))
 ladders = st.lists(buckets, min_size=1, max_size=8)
+flat_buckets = buckets.flatmap(lambda b: st.builds(Bucket, *map(st.just, b[:2]), st.integers(b.seq_len, b.places)))
+mixed_ladders = st.lists(buckets | flat_buckets, min_size=1, max_size=8)
 
 
 @st.composite
-def queues(draw: st.DrawFn, most: int = 30) -> tuple[list[Bucket], list[int]]:
+def queues(
+    draw: st.DrawFn, most: int = 30, shapes: st.SearchStrategy[list[Bucket]] = mixed_ladders
+) -> tuple[list[Bucket], list[int]]:
     """The buckets of a ladder and the lengths of items that fit it."""
-    shapes = draw(ladders)
+    shapes = draw(shapes)
     return shapes, draw(st.lists(st.integers(0, max(b.seq_len for b in shapes)), max_size=most))
 
 
-def cheapest(ladder: Ladder, rows: int, longest: int) -> int | None:
-    """Cost of the cheapest single batch for so many rows, None where none takes them."""
-    costs = [b.tokens + DISPATCH_TOKENS for b in ladder.buckets if b.batch_size >= rows and b.seq_len >= longest]
-    return min(costs, default=None)
+def takes(bucket: Bucket, lengths: Sequence[int]) -> bool:
+    """Whether a batch of this shape holds rows of these lengths."""
+    return bucket.batch_size >= len(lengths) and bucket.seq_len >= max(lengths) and bucket.tokens >= sum(lengths)
 
 
-def optimum(ladder: Ladder, lengths: Sequence[int]) -> int:
+def cheapest(ladder: Ladder, lengths: Sequence[int]) -> float | None:
+    """Cost of the cheapest single batch for these rows, None where none takes them."""
+    return min((work(b) + DISPATCH_TOKENS for b in ladder.buckets if takes(b, lengths)), default=None)
+
+
+def price_of(ladder: Ladder, lengths: Sequence[int]) -> float:
+    """What a plan costs."""
+    return sum(work(plan.bucket) + DISPATCH_TOKENS for plan in ladder.plan(lengths))
+
+
+def optimum(ladder: Ladder, lengths: Sequence[int]) -> float:
     """The least cost over every partition of the items, in runs or not."""
 
     @cache
-    def best(left: frozenset[int]) -> int:
+    def best(left: frozenset[int]) -> float:
         if not left:
-            return 0
+            return 0.0
         first, *others = sorted(left)
         found = []
         for chosen in range(2 ** len(others)):
             group = [first, *(item for i, item in enumerate(others) if chosen >> i & 1)]
-            cost = cheapest(ladder, len(group), max(lengths[item] for item in group))
+            cost = cheapest(ladder, [lengths[item] for item in group])
             if cost is not None:
                 found.append(cost + best(left - frozenset(group)))
         return min(found)
@@ -60,23 +73,34 @@ def test_a_plan_places_every_item_once_where_it_fits(queue: tuple[list[Bucket], 
         assert plan.bucket in ladder.buckets
         assert 1 <= len(plan.items) <= plan.bucket.batch_size
         assert all(lengths[item] <= plan.bucket.seq_len for item in plan.items)
+        assert sum(lengths[item] for item in plan.items) <= plan.bucket.tokens
 
 
 @given(queues())
 def test_a_plan_costs_at_most_one_dispatch_per_row(queue: tuple[list[Bucket], list[int]]) -> None:
     """Batching never costs more than not batching."""
     ladder, lengths = Ladder(queue[0]), queue[1]
-    cost = sum(plan.bucket.tokens + DISPATCH_TOKENS for plan in ladder.plan(lengths))
-    alone = [cheapest(ladder, 1, length) for length in lengths]
+    cost = price_of(ladder, lengths)
+    alone = [cheapest(ladder, [length]) for length in lengths]
     assert cost <= sum(price for price in alone if price is not None)
 
 
-@given(queues(most=6))
+@given(queues(most=6, shapes=ladders))
 def test_a_plan_is_the_cheapest_there_is(queue: tuple[list[Bucket], list[int]]) -> None:
-    """Equal in cost to the best of all partitions, found by trying them all."""
+    """Of padded shapes: equal in cost to the best of all partitions, found by trying them all."""
     ladder, lengths = Ladder(queue[0]), queue[1]
-    cost = sum(plan.bucket.tokens + DISPATCH_TOKENS for plan in ladder.plan(lengths))
-    assert cost == optimum(ladder, lengths)
+    assert price_of(ladder, lengths) == optimum(ladder, lengths)
+
+
+@given(queues(most=10))
+def test_no_cutting_into_runs_is_cheaper(queue: tuple[list[Bucket], list[int]]) -> None:
+    """Of any shapes: equal in cost to the best cutting of the rows in the order of their lengths."""
+    ladder, lengths = Ladder(queue[0]), sorted(queue[1], reverse=True)
+    best = [0.0] * (len(lengths) + 1)
+    for i in range(len(lengths) - 1, -1, -1):
+        runs = ((cheapest(ladder, lengths[i:end]), end) for end in range(i + 1, len(lengths) + 1))
+        best[i] = min(cost + best[end] for cost, end in runs if cost is not None)
+    assert price_of(ladder, lengths) == pytest.approx(best[0])
 
 
 @given(queues().filter(lambda queue: bool(queue[1])), st.sampled_from([0, 16, 4096]))
@@ -89,12 +113,14 @@ def test_the_first_batch_does_the_most_for_its_cost(queue: tuple[list[Bucket], l
     for bucket in ladder.buckets:
         if bucket.seq_len >= lengths[0]:
             company = [i for i in nearest if lengths[i] <= bucket.seq_len][: bucket.batch_size - 1]
-            rates[bucket] = sum(lengths[i] for i in (0, *company)) / (bucket.tokens + price)
+            while sum(lengths[i] for i in (0, *company)) > bucket.tokens:
+                company.pop()
+            rates[bucket] = sum(lengths[i] for i in (0, *company)) / (work(bucket) + price)
     plan = ladder.first_batch(lengths)
     assert plan.items[0] == 0
     assert len(set(plan.items)) == len(plan.items) <= plan.bucket.batch_size
-    assert max(lengths[i] for i in plan.items) <= plan.bucket.seq_len
-    assert sum(lengths[i] for i in plan.items) / (plan.bucket.tokens + price) == max(rates.values())
+    assert takes(plan.bucket, [lengths[i] for i in plan.items])
+    assert sum(lengths[i] for i in plan.items) / (work(plan.bucket) + price) == max(rates.values())
 
 
 def test_the_first_batch_of_too_long_a_row_is_refused() -> None:
@@ -135,20 +161,36 @@ def test_an_item_longer_than_the_ladder_is_refused() -> None:
         Ladder([Bucket(1, 16), Bucket(1, 8)]).plan([3, 17])
 
 
-@given(ladders, st.integers(0, 40))
-def test_fitting_is_the_shortest_bucket_of_each_batch_size(shapes: list[Bucket], length: int) -> None:
-    """By the definition, computed anew; asked twice, the answer is the same."""
+@given(mixed_ladders, st.integers(0, 40))
+def test_fitting_leaves_out_what_another_shape_does_as_cheaply(shapes: list[Bucket], length: int) -> None:
+    """And nothing else; asked twice, the answer is the same."""
     ladder = Ladder(shapes)
     if length > ladder.max_length:
         with pytest.raises(BucketError):
             ladder.fitting(length)
         return
-    fits = [bucket for bucket in ladder.buckets if bucket.seq_len >= length]
-    expected = {
-        size: min(b.seq_len for b in fits if b.batch_size == size) for size in sorted({b.batch_size for b in fits})
-    }
+
+    def holds(bucket: Bucket) -> tuple[int, int, float]:
+        return bucket.batch_size, min(bucket.tokens, bucket.batch_size * length), -work(bucket)
+
+    def better(one: Bucket, other: Bucket) -> bool:
+        return all(a >= b for a, b in zip(holds(one), holds(other), strict=True))
+
+    fits = {bucket for bucket in ladder.buckets if bucket.seq_len >= length}
     for _ in range(2):
-        assert list(ladder.fitting(length)) == [Bucket(size, seq_len) for size, seq_len in expected.items()]
+        found = ladder.fitting(length)
+        assert set(found) <= fits
+        assert [bucket.batch_size for bucket in found] == sorted(bucket.batch_size for bucket in found)
+        assert all(any(better(one, bucket) for one in found) for bucket in fits)
+        assert not any(better(one, other) for one in found for other in found if one != other)
+
+
+def test_fitting_by_hand() -> None:
+    """Of padded shapes the shortest of each batch size."""
+    ladder = Ladder([Bucket(1, 8), Bucket(4, 8), Bucket(1, 16), Bucket(4, 16), Bucket(2, 32)])
+    assert ladder.fitting(7) == (Bucket(1, 8), Bucket(4, 8))
+    assert ladder.fitting(9) == (Bucket(1, 16), Bucket(4, 16))
+    assert ladder.fitting(17) == (Bucket(2, 32),)
 
 
 def test_a_ladder_sorts_and_counts_its_buckets() -> None:
@@ -173,9 +215,11 @@ def test_a_row_is_very_long_beyond_two_batches(length: int, outsize: bool) -> No
     assert not ladder.outsize(Bucket(3, 168))
 
 
-@pytest.mark.parametrize("wrong", [[], [Bucket(0, 4)], [Bucket(4, 0)], [Bucket(1, 1), Bucket(-1, 8)]])
+@pytest.mark.parametrize(
+    "wrong", [[], [Bucket(0, 4)], [Bucket(4, 0)], [Bucket(1, 1), Bucket(-1, 8)], [Bucket(2, 4, 3)], [Bucket(2, 4, 9)]]
+)
 def test_an_impossible_ladder_is_refused(wrong: list[Bucket]) -> None:
-    """No buckets, or one without rows or tokens."""
+    """No buckets, one without rows or tokens, or a flat one without room for them."""
     with pytest.raises(BucketError, match="at least"):
         Ladder(wrong)
 
@@ -208,6 +252,36 @@ def test_the_default_ladder_by_hand() -> None:
         64: [1, 4, 8],
         100: [1, 4, 5],
     }
+
+
+def test_the_default_flat_ladder_by_hand() -> None:
+    """A padded row of each length, flat batches of 512, 128 and 32 tokens, and the longest rows padded."""
+    ladder = Ladder.default(max_length=100, max_batch_tokens=512, flat=True)
+    assert set(map(str, ladder.buckets)) == {
+        *("1x16", "3x16/32", "12x16/128", "48x16/512"),
+        *("1x32", "6x32/128", "24x32/512"),
+        *("1x64", "3x64/128", "12x64/512"),
+        *("1x100", "8x100/512", "5x100"),
+    }
+
+
+@given(st.integers(1, 9000), st.integers(1, 40_000))
+def test_the_default_flat_ladder_takes_every_length(max_length: int, max_batch_tokens: int) -> None:
+    """As a padded single row, whatever else it takes."""
+    ladder = Ladder.default(max_length=max_length, max_batch_tokens=max_batch_tokens, flat=True)
+    assert ladder.max_length == max_length
+    for length in {1, max_length // 2, max_length}:
+        shortest = ladder.fitting(length)[0]
+        assert shortest.batch_size == 1 and not shortest.flat
+    assert all(bucket.tokens <= max_batch_tokens or bucket.batch_size == 1 for bucket in ladder.buckets)
+
+
+def test_a_mixed_handful_shares_a_flat_batch() -> None:
+    """Where padded nearly half of it would have been padding."""
+    padded, flat = [Bucket(1, 16), Bucket(8, 16)], [Bucket(1, 16), Bucket(8, 16, 80)]
+    lengths = [16, 4, 12, 8, 15, 6, 10]
+    assert sum(plan.bucket.tokens for plan in Ladder(padded).plan(lengths)) == 128
+    assert [plan.bucket for plan in Ladder(flat).plan(lengths)] == [Bucket(8, 16, 80)]
 
 
 @pytest.mark.parametrize(
@@ -246,7 +320,7 @@ def test_pack_and_back(items: list[Row], spare_rows: int, spare_tokens: int) -> 
     batch = pack(bucket, items)
     assert batch.bucket == bucket
     assert batch.rows == len(items)
-    assert batch.input_ids.shape == tuple(bucket)
+    assert batch.input_ids.shape == (bucket.batch_size, bucket.seq_len)
     for i, row in enumerate(items):
         length = batch.column(Column.LENGTH)[i]
         np.testing.assert_array_equal(batch.input_ids[i, :length], row.encoding.ids)
@@ -259,6 +333,7 @@ def test_pack_and_back(items: list[Row], spare_rows: int, spare_tokens: int) -> 
             row.normalize,
             encoding.second_start,
             encoding.task,
+            len(encoding),
         )
         assert tuple(batch.table[i, : len(Column)]) == wanted
         assert batch.owners[i] == row.owner
@@ -269,25 +344,44 @@ def test_pack_and_back(items: list[Row], spare_rows: int, spare_tokens: int) -> 
     assert (batch.column(Column.DIMENSIONS)[padding] == 1).all()
     assert not batch.column(Column.SECOND_START)[padding].any()
     assert (batch.column(Column.TASK)[padding] == -1).all()
+    assert not batch.column(Column.TOKENS)[padding].any()
     assert not batch.input_ids[padding].any()
     assert batch.table.dtype == np.int32
     assert batch.owners.dtype == np.int64
+
+
+@given(st.lists(rows, min_size=1, max_size=6), st.integers(0, 3), st.integers(0, 5), st.integers(0, 5))
+def test_pack_flat_and_back(items: list[Row], spare_rows: int, spare_length: int, spare_tokens: int) -> None:
+    """The rows stand one behind another; what is said of them is what a padded batch says."""
+    lengths = [len(row.encoding) for row in items]
+    length = (max(lengths) + spare_length) or 1
+    count = len(items) + spare_rows
+    bucket = Bucket(count, length, min(count * length, max(sum(lengths) + spare_tokens, length)))
+    batch = pack(bucket, items)
+    assert batch.input_ids.shape == (1, bucket.flat)
+    ids = np.concatenate([row.encoding.ids for row in items])
+    np.testing.assert_array_equal(batch.input_ids[0, : len(ids)], ids)
+    assert not batch.input_ids[0, len(ids) :].any()
+    padded = pack(Bucket(count, length), items)
+    np.testing.assert_array_equal(batch.told, padded.told)
+    np.testing.assert_array_equal(batch.owners, padded.owners)
 
 
 def test_a_row_that_attention_sees_in_part() -> None:
     """All its ids are there; its length is what attention sees."""
     batch = pack(Bucket(1, 8), [Row(Encoding(np.arange(5, dtype=np.int32), attended=3), 4, True, 0)])
     assert batch.column(Column.LENGTH).tolist() == [3]
+    assert batch.column(Column.TOKENS).tolist() == [5]
     assert batch.input_ids.tolist() == [[0, 1, 2, 3, 4, 0, 0, 0]]
 
 
 def test_pack_refuses_what_does_not_fit() -> None:
-    """Too many rows, or one too long: never a silent cut."""
+    """Too many rows, one too long, or too many tokens together: never a silent cut."""
     row = Row(Encoding(np.arange(5, dtype=np.int32)), 4, True, 0)
-    with pytest.raises(BucketError, match="2 rows of up to 5 tokens do not fit the bucket 1x8"):
-        pack(Bucket(1, 8), [row, row])
-    with pytest.raises(BucketError, match="1 rows of up to 5 tokens do not fit the bucket 2x4"):
-        pack(Bucket(2, 4), [row])
+    for count, bucket in ((2, Bucket(1, 8)), (1, Bucket(2, 4)), (3, Bucket(4, 8, 14))):
+        message = f"{count} rows of up to 5 and together {5 * count} tokens do not fit the bucket {bucket}"
+        with pytest.raises(BucketError, match=message):
+            pack(bucket, [row] * count)
 
 
 def test_the_smallest_shapes_take_whatever_the_ladder_takes() -> None:

@@ -14,10 +14,10 @@ from parity import save_checkpoint, tiny_bert
 from jaxembed import Bucket, Embedder, Ladder, make_mesh
 from jaxembed.attention import FUSED_LENGTH
 from jaxembed.buckets import DISPATCH_TOKENS, Row, pack
-from jaxembed.engine import MAX_BATCH_TOKENS, OTHER_DISPATCH_TOKENS, Engine, compiler_options
+from jaxembed.engine import MAX_BATCH_TOKENS, OTHER_DISPATCH_TOKENS, Engine, compiler_options, full
 from jaxembed.errors import BucketError
-from jaxembed.layers import Tokens
 from jaxembed.loading import Model, load
+from jaxembed.tokens import Tokens
 from jaxembed.types import Column, Encoding
 
 BUCKET = Bucket(4, 8)
@@ -112,7 +112,7 @@ def test_rows_do_not_leak(engine: Engine) -> None:
         together = engine.run(pack(BUCKET, [row(3, seed=1), *others]))
         np.testing.assert_array_equal(together[0], alone)
     batch = pack(BUCKET, [row(3, seed=1), row(8, seed=2)])
-    noise = np.random.default_rng(9).integers(0, 64, BUCKET, np.int32)
+    noise = np.random.default_rng(9).integers(0, 64, batch.input_ids.shape, np.int32)
     behind = np.arange(BUCKET.seq_len)[None, :] >= batch.column(Column.LENGTH)[:, None]
     expected = engine.run(batch)
     batch.input_ids[behind] = noise[behind]
@@ -133,6 +133,33 @@ def test_any_bucket_gives_the_same(engine: Engine) -> None:
     rows = [row(3, seed=1), row(8, seed=2)]
     long = engine.run(pack(Bucket(4, 32), rows))
     np.testing.assert_allclose(engine.run(pack(BUCKET, rows)), long, atol=1e-6)
+
+
+def test_a_flat_bucket_gives_the_same(model: Model) -> None:
+    """Rows one behind another, whatever their order, with or without room left; what stands there does not matter."""
+    rows = [row(3, seed=1), row(8, seed=2, dimensions=5, normalize=True), row(1, seed=3), row(5, seed=4)]
+    shapes = [Bucket(4, 8), Bucket(4, 8, 17), Bucket(6, 12, 40)]
+    engine = Engine(model, Ladder(shapes))
+    for shape in shapes:
+        engine.compile(shape)
+    want = engine.run(pack(shapes[0], rows))
+    for shape in shapes[1:]:
+        np.testing.assert_allclose(engine.run(pack(shape, rows)), want, atol=1e-6)
+        np.testing.assert_allclose(engine.run(pack(shape, rows[::-1])), want[::-1], atol=1e-6)
+    batch = pack(shapes[2], rows)
+    batch.input_ids[0, 17:] = 63
+    np.testing.assert_array_equal(engine.run(batch), engine.run(pack(shapes[2], rows)))
+    assert engine.run(pack(shapes[2], [])).shape == (0, 16)
+
+
+@pytest.mark.parametrize("shape", [Bucket(4, 8), Bucket(5, 8, 24)])
+def test_a_full_batch_fills_its_shape(shape: Bucket) -> None:
+    """As one is timed."""
+    batch = full(shape)
+    assert batch.rows == shape.batch_size
+    assert batch.column(Column.LENGTH).sum() == shape.tokens
+    assert (batch.column(Column.TOKENS) == batch.column(Column.LENGTH)).all()
+    assert 0 < batch.column(Column.LENGTH).max() <= shape.seq_len
 
 
 def test_only_real_rows_come_back(engine: Engine) -> None:
@@ -182,7 +209,8 @@ def test_prompts_are_left_out_per_row(tmp_path: Path, rows: int) -> None:
 def test_the_default_ladder_is_the_model_s_and_the_platform_s(model: Model) -> None:
     """Up to the model's length, with the platform's tokens a dispatch."""
     ladder = Engine(model).ladder
-    assert ladder.buckets == Ladder.default(max_length=32, max_batch_tokens=MAX_BATCH_TOKENS["cpu"]).buckets
+    default = Ladder.default(max_length=32, max_batch_tokens=MAX_BATCH_TOKENS["cpu"], flat=True)
+    assert ladder.buckets == default.buckets
     assert Engine(model, max_batch_tokens=64).ladder.batch_tokens == 64
 
 
@@ -201,6 +229,8 @@ def test_several_devices_get_as_much_each(tiny_folder: Path) -> None:
     assert all(bucket.batch_size % 4 == 0 for bucket in ladder.buckets)
     with pytest.raises(BucketError, match="the bucket 6x8 does not divide over 4 devices"):
         Engine(model, Ladder([Bucket(4, 8), Bucket(6, 8)]))
+    with pytest.raises(BucketError, match="the bucket 8x8/32 does not divide over 4 devices"):
+        Engine(model, Ladder([Bucket(4, 8), Bucket(8, 8, 32)]))
 
 
 def test_how_many_at_a_time_on_cpu(tiny_folder: Path, engine: Engine) -> None:

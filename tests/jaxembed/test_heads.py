@@ -17,9 +17,9 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 
 from jaxembed.errors import UnsupportedModelError, WeightsError
 from jaxembed.heads import count_labels
-from jaxembed.layers import Tokens
 from jaxembed.loading import Model, load
 from jaxembed.sharding import make_mesh
+from jaxembed.tokens import Tokens
 from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION, Output
 
 

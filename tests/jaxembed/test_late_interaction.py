@@ -36,8 +36,8 @@ from jaxembed.errors import (
     UnsupportedModelError,
 )
 from jaxembed.late_interaction import UNATTENDED, max_similarity
-from jaxembed.layers import Tokens
 from jaxembed.loading import load as load_model
+from jaxembed.tokens import Tokens
 
 TEXTS = ["a b c", "", "hello, world!", "x. y; [UNK] z", "0 1 2 3 4 5 6", "[MASK] a [CLS]", "a, b. " * 20, "one"]
 LETTERS = 80
@@ -95,8 +95,8 @@ def native(
 
 
 def load(folder: Path, *buckets: tuple[int, int], **options: Any) -> Embedder:
-    """On one device, with a single bucket unless several are asked for."""
-    ladder = Ladder([Bucket(*bucket) for bucket in buckets or ((8, 32),)])
+    """On one device, with a single bucket, a flat one, unless others are asked for."""
+    ladder = Ladder([Bucket(*bucket) for bucket in buckets or ((8, 32, 96),)])
     return Embedder.from_pretrained(folder, ladder=ladder, mesh=make_mesh(jax.devices()[:1]), **options)
 
 

@@ -140,9 +140,13 @@ def test_any_bucket_of_the_ladder(minilm: Embedder, ours: Vectors, record_proper
     for bucket in minilm.engine.ladder.buckets:
         minilm.engine.compile(bucket)
         fitting = [k for k, encoding in enumerate(encodings) if len(encoding) <= bucket.seq_len]
-        size = bucket.batch_size
-        full = [fitting[at : at + size] for at in range(0, len(fitting), size)]
-        for group in (*full, fitting[-size:], fitting[:1], fitting[-1:]):
+        groups: list[list[int]] = [[]]
+        for k in fitting:
+            together = sum(len(encodings[one]) for one in (*groups[-1], k))
+            if len(groups[-1]) == bucket.batch_size or together > bucket.tokens:
+                groups.append([])
+            groups[-1].append(k)
+        for group in (*groups, groups[-1][::-1], fitting[:1], fitting[-1:]):
             got = minilm.engine.run(pack(bucket, [Row(encodings[k], 384, True, k) for k in group]))
             worst = max(worst, difference(got, ours[[chosen[k] for k in group]]))
             used.update(group)

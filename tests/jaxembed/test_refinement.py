@@ -15,6 +15,7 @@ from jaxembed.engine import Engine, full
 from jaxembed.errors import BucketError
 from jaxembed.loading import load
 from jaxembed.refinement import (
+    FLAT_WORTH,
     NEAR,
     WORTH,
     Cost,
@@ -23,13 +24,15 @@ from jaxembed.refinement import (
     choose_lengths,
     choose_shapes,
     fit_cost,
+    flat_ladder,
+    mean_length,
     refine,
 )
 from jaxembed.runner import Runner
 from jaxembed.types import Output
 from jaxembed.warmup import use_cache
 
-COST = Cost(call=0.003, token=5e-5, pair=5e-8)
+COST = Cost(call=0.003, token=4e-5, place=1e-5, pair=5e-8)
 
 
 def total(chosen: Sequence[int], counts: np.ndarray, price: float) -> float:
@@ -60,7 +63,7 @@ def test_whatever_a_left_out_shape_takes_a_chosen_one_does_nearly_as_fast(seed: 
     noise = random.uniform(0.8, 1.25, (17, 33))
 
     def seconds(bucket: Bucket) -> float:
-        return COST.of(bucket) * float(noise[bucket])
+        return COST.of(bucket) * float(noise[bucket.batch_size, bucket.seq_len])
 
     wanted = {Bucket(b, t) for b in (1, 4, 16) for t in range(4, 33, 4)}
     there = {Bucket(b, t) for b in (1, 4, 16) for t in (16, 32)}
@@ -97,8 +100,11 @@ def test_the_greatest_length_is_always_there() -> None:
 
 
 def test_the_fit_finds_what_the_times_were_made_of() -> None:
-    """Exactly without noise; no factor is ever negative."""
-    buckets = [Bucket(b, t) for b in (1, 4, 16) for t in (16, 64, 256)]
+    """Exactly without noise; no factor is ever negative. Of padded shapes alone, tokens and places are one."""
+    padded = [Bucket(b, t) for b in (1, 4, 16) for t in (16, 64, 256)]
+    found = fit_cost([Timing(bucket, COST.of(bucket)) for bucket in padded])
+    np.testing.assert_allclose([found.of(bucket) for bucket in padded], [COST.of(bucket) for bucket in padded])
+    buckets = [*padded, Bucket(8, 16, 64), Bucket(4, 64, 128), Bucket(12, 64, 512)]
     found = fit_cost([Timing(bucket, COST.of(bucket)) for bucket in buckets])
     np.testing.assert_allclose(found, COST, rtol=1e-6)
     noisy = fit_cost([Timing(bucket, 1.0 / bucket.tokens) for bucket in buckets])
@@ -126,21 +132,71 @@ def test_a_real_engine_changes_its_ladder(tiny_folder: str) -> None:
     engine.time = COST.of
     new = embedder.refine(texts)
     assert engine.ladder is new is not old
-    assert {bucket.seq_len for bucket in new.buckets} == {6, 10, 32}
+    assert {bucket.seq_len for bucket in new.buckets if not bucket.flat} == {6, 10, 32}
+    assert any(bucket.flat for bucket in new.buckets)
     assert set(new.buckets) <= engine.compiled
     np.testing.assert_allclose(embedder.encode(texts), before, atol=1e-6)
     np.testing.assert_allclose(engine.run(planned)[0], before[0], atol=1e-6)
     assert embedder.refine(texts) is new
 
 
+def test_several_devices_refine_padded_shapes(tiny_folder: str) -> None:
+    """Rows in one line do not divide over devices."""
+    embedder = Embedder.from_pretrained(tiny_folder, mesh=make_mesh(jax.devices()[:2]), max_batch_tokens=64)
+    texts = ["a b c"] * 50 + ["a b c d e f g h"] * 30
+    before = embedder.encode(texts)
+    embedder.engine.time = COST.of
+    new = embedder.refine(texts)
+    assert not any(bucket.flat or bucket.batch_size % 2 for bucket in new.buckets)
+    assert {bucket.seq_len for bucket in new.buckets} == {6, 10, 32}
+    np.testing.assert_allclose(embedder.encode(texts), before, atol=1e-6)
+
+
+def test_flat_shapes_have_room_for_rows_of_the_mean_length() -> None:
+    """Of the inputs between two lengths; single rows and full batches are padded."""
+    counts = np.zeros(65, np.int64)
+    counts[[6, 8, 13, 16]] = 100
+    counts[[40, 64]] = 20
+    ladder = flat_ladder(counts, COST, 256)
+    flat = {bucket for bucket in ladder.buckets if bucket.flat}
+    before = -1
+    fixed = COST.token * float(counts @ np.arange(65))
+    lengths = choose_lengths(counts, COST.of_places, fixed=fixed, worth=FLAT_WORTH)
+    for length in lengths:
+        mean = mean_length(counts, before + 1, length)
+        assert mean == np.average(np.arange(before + 1, length + 1), weights=counts[before + 1 : length + 1])
+        sizes = {bucket.flat: bucket.batch_size for bucket in flat if bucket.seq_len == length}
+        rows = {size: math.ceil(size / mean) for size in (32, 48, 64, 128, 256) if size >= 2 * length}
+        assert sizes == {size: count for size, count in rows.items() if count * length != size}
+        before = length
+    assert flat and {bucket.seq_len for bucket in flat} <= set(lengths)
+    padded = [Bucket(rows, length) for length in (8, 16, 64) for rows in (1, 256 // length)]
+    assert set(padded) <= set(ladder.buckets)
+    assert mean_length(counts, 17, 39) == 0.0
+
+
+def test_what_saves_nothing_is_not_compiled(tiny_folder: str) -> None:
+    """Where the shapes there are do as well, whether inputs run one at a time or together."""
+    embedder = Embedder.from_pretrained(tiny_folder, mesh=make_mesh(jax.devices()[:1]))
+    engine, old = embedder.engine, embedder.engine.ladder
+    for bucket in old.buckets:
+        engine.compile(bucket)
+    engine.time = COST.of
+    counts = np.zeros(33, np.int64)
+    counts[32] = 1000
+    assert refine(engine, counts) is None
+    assert engine.ladder is old and engine.compiled == set(old.buckets)
+
+
 def test_a_small_shape_that_proves_slow_is_left_out(tiny_folder: str) -> None:
     """What the fit cannot tell, as that one row of 10 tokens takes longer than one of 16, is measured."""
     embedder = Embedder.from_pretrained(tiny_folder, mesh=make_mesh(jax.devices()[:1]))
     engine = embedder.engine
-    engine.time = lambda bucket: COST.of(bucket) * (1.5 if bucket == (1, 10) else 1.0)
+    engine.time = lambda bucket: COST.of(bucket) * (1.5 if bucket == Bucket(1, 10) else 1.0)
     new = embedder.refine(["a b c d e f g h"] * 50)
     assert Bucket(1, 10) not in new.buckets
-    assert {Bucket(1, 16), Bucket(4, 10), Bucket(16, 10)} <= set(new.buckets)
+    assert Bucket(1, 16) in new.buckets
+    assert any(bucket.seq_len == 10 for bucket in new.buckets)
     assert set(new.buckets) <= engine.compiled
 
 

@@ -51,8 +51,8 @@ def write(folder: Path, kind: str, labels: int, *, save: bool = False, **extra: 
 
 
 def load(folder: Path) -> Embedder:
-    """On one device, with two buckets."""
-    ladder = Ladder([Bucket(4, 16), Bucket(4, 32)])
+    """On one device, with two buckets, of which one is flat."""
+    ladder = Ladder([Bucket(4, 16, 40), Bucket(4, 32)])
     return Embedder.from_pretrained(folder, ladder=ladder, mesh=make_mesh(jax.devices()[:1]))
 
 

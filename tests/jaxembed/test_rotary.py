@@ -63,7 +63,7 @@ def test_as_transformers_turns(kind: dict[str, Any]) -> None:
         {"rope_theta": kind["rope_theta"], "rope_scaling": old | {"type": old["rope_type"]}},
     ):
         rotary = read_rotary(written, WIDTH)
-        got = jax.jit(lambda x, rotary=rotary: rotary.turn(LENGTH)(x, HEADS))(x)
+        got = jax.jit(lambda x, rotary=rotary: rotary.turn(jnp.arange(LENGTH)[None])(x, HEADS))(x)
         np.testing.assert_allclose(got[:, :64], want[:, :64], atol=1e-5)
         # An angle in the thousands is a float32 whose last bit is worth 5e-4 of a radian.
         np.testing.assert_allclose(got, want, atol=2e-3)
@@ -73,7 +73,7 @@ def test_neighbouring_pairs_and_features_that_stay() -> None:
     """`interleaved` turns (0, 1), (2, 3), ...; `partial_rotary_factor` leaves the features behind it alone."""
     rotary = read_rotary({"partial_rotary_factor": 0.5}, 8, interleaved=True)
     x = np.random.default_rng(1).normal(size=(1, 5, 8)).astype(np.float32)
-    got = np.asarray(rotary.turn(5)(jnp.asarray(x), 1))
+    got = np.asarray(rotary.turn(jnp.arange(5)[None])(jnp.asarray(x), 1))
     np.testing.assert_array_equal(got[..., 4:], x[..., 4:])
     pairs = x[0, :, :4].reshape(5, 2, 2)
     angles = np.arange(5)[:, None] * np.array(rotary.frequencies)

@@ -34,8 +34,8 @@ PROMPTS = {"query": "a query: ", "passage": "p ", "other": "o "}
 
 
 def load(folder: Path) -> Embedder:
-    """On one device, with two buckets."""
-    ladder = Ladder([Bucket(4, 16), Bucket(4, 32)])
+    """On one device, with two buckets, of which one is flat."""
+    ladder = Ladder([Bucket(4, 16), Bucket(4, 32, 64)])
     return Embedder.from_pretrained(folder, ladder=ladder, mesh=make_mesh(jax.devices()[:1]))
 
 

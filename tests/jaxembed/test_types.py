@@ -38,6 +38,25 @@ def test_a_batch_is_one_array() -> None:
     np.testing.assert_array_equal(batch.table, [[*numbers, 1, 2, 3], [*numbers, 4, 5, 6]])
 
 
+def test_a_flat_batch_is_one_array() -> None:
+    """First what is said of its rows, then all tokens."""
+    columns = len(Column)
+    batch = Batch(Bucket(2, 3, 5), np.zeros((1, 2 * columns + 5), np.int32), np.arange(2))
+    batch.told[:] = np.arange(2 * columns).reshape(2, columns)
+    batch.input_ids[:] = [[1, 2, 3, 4, 5]]
+    np.testing.assert_array_equal(batch.table, [[*range(2 * columns), 1, 2, 3, 4, 5]])
+    np.testing.assert_array_equal(batch.column(Column.PROMPT_LENGTH), [1, columns + 1])
+
+
+@pytest.mark.parametrize(
+    ("bucket", "tokens", "places", "name"), [((4, 8), 32, 32, "4x8"), ((4, 8, 20), 20, 32, "4x8/20")]
+)
+def test_what_a_shape_holds(bucket: tuple[int, ...], tokens: int, places: int, name: str) -> None:
+    """Padded, all places are computed; flat, only attention has them."""
+    shape = Bucket(*bucket)
+    assert (shape.tokens, shape.places, str(shape)) == (tokens, places, name)
+
+
 def test_values_are_frozen() -> None:
     """What one floor hands to the next, nobody changes on the way."""
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -16,10 +16,10 @@ from safetensors.numpy import load_file, save_file
 from transformers import JinaEmbeddingsV3Config, JinaEmbeddingsV3ForMaskedLM, JinaEmbeddingsV3Model, PreTrainedModel
 
 from jaxembed.errors import UnsupportedModelError
-from jaxembed.layers import Tokens
 from jaxembed.loading import Model, load
 from jaxembed.models import architecture
 from jaxembed.models.jina_embeddings_v3 import ARCHITECTURE, ORIGINAL, Config
+from jaxembed.tokens import Tokens
 from jaxembed.types import NO_TASK
 
 TASKS = ("retrieval.query", "retrieval.passage", "text-matching")
@@ -184,7 +184,8 @@ def test_tasks_reach_the_second_text_of_a_pair(tmp_path: Path) -> None:
     ours = load(save_original(model, tmp_path / "ours"))
     ids = np.arange(8, dtype=np.int32)[None]
     types = (np.arange(8, dtype=np.int32) >= 5).astype(np.int32)[None]
-    tokens = Tokens(ids, np.ones_like(ids, bool), types, np.array([1], np.int32))
+    plain = Tokens.plain(jnp.asarray(ids), jnp.ones(ids.shape, bool))
+    tokens = plain._replace(token_types=jnp.asarray(types), tasks=jnp.array([1], jnp.int32))
     got = jax.jit(lambda leaves, tokens: ours.encoder(leaves).hidden_states(tokens)[-1])(ours.leaves, tokens)
     reference = merged(model, 1, tmp_path / "merged")
     with torch.no_grad():

@@ -18,11 +18,11 @@ from torch.nn import functional
 from transformers import NomicBertConfig, NomicBertForMaskedLM, NomicBertModel
 
 from jaxembed.errors import UnsupportedModelError
-from jaxembed.layers import Tokens
 from jaxembed.loading import load
 from jaxembed.models import architecture
 from jaxembed.models.nomic_bert import ARCHITECTURE, Config
 from jaxembed.sharding import make_mesh
+from jaxembed.tokens import Tokens
 
 ORIGINAL: dict[str, Any] = {
     "activation_function": "swiglu",

@@ -1,0 +1,122 @@
+"""What an encoder is called with: the tokens of a batch, and where its rows stand among them.
+
+Padded, each row has a line of its own, [B, T]. Flat, the rows stand one right behind another in a single line, [1, N]:
+layers that look at one token at a time then compute no padding, and those that look along a row lay the rows out
+(`Rows.apart`) and put them together again. Letters in shapes are those of `layers`; "L M" is either "B T" or "1 N".
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Shaped
+
+from jaxembed.types import NO_TASK
+
+__all__ = ["Rows", "Tokens"]
+
+
+class Flat(NamedTuple):
+    """Where tokens stand in the line, and in rows.
+
+    Attributes:
+        line: the place in the line of each place of each row; behind a row's end that of some other token.
+        places: the place among all places of rows, row * T + place, of each token in the line.
+    """
+
+    line: Int[Array, "B T"]
+    places: Int[Array, " N"]
+
+
+class Rows(NamedTuple):
+    """Where the rows of a batch stand.
+
+    Attributes:
+        mask: tokens of each row that attention sees. They are the first ones in everything this project makes.
+        flat: None where each row has a line of its own.
+    """
+
+    mask: Bool[Array, "B T"]
+    flat: Flat | None = None
+
+    @classmethod
+    def in_line(cls, lengths: Int[Array, " B"], seen: Int[Array, " B"], *, tokens: int, length: int) -> "Rows":
+        """Rows one behind another.
+
+        Args:
+            lengths: tokens of each row; together at most `tokens`.
+            seen: how many of them attention sees.
+            tokens: N.
+            length: T, which no row exceeds.
+        """
+        ends = jnp.cumsum(lengths, dtype=jnp.int32)
+        starts = ends - lengths
+        places = jnp.arange(length, dtype=jnp.int32)[None]
+        line = jnp.arange(tokens, dtype=jnp.int32)
+        # What is behind the last row counts as its, at its last place.
+        row = jnp.minimum(jnp.sum(line[None] >= ends[:, None], axis=0, dtype=jnp.int32), len(lengths) - 1)
+        place = jnp.minimum(line - starts[row], length - 1)
+        there = jnp.minimum(starts[:, None] + places, tokens - 1)
+        return cls(places < seen[:, None], Flat(there, row * length + place))
+
+    @property
+    def length(self) -> int:
+        """T."""
+        return self.mask.shape[1]
+
+    @property
+    def places(self) -> Int[Array, "_ M"]:
+        """The place of each token in its row; one line for all rows where they have the same."""
+        if self.flat is None:
+            return jnp.arange(self.length, dtype=jnp.int32)[None]
+        return (self.flat.places % self.length)[None]
+
+    def apart(self, x: Shaped[Array, "L M *rest"]) -> Shaped[Array, "B T *rest"]:
+        """What stands in lines, by rows. Behind a row's end anything may stand."""
+        return x if self.flat is None else jnp.take(x[0], self.flat.line, axis=0, mode="clip")
+
+    def together(self, x: Shaped[Array, "B T *rest"]) -> Shaped[Array, "L M *rest"]:
+        """What stands by rows, in lines."""
+        if self.flat is None:
+            return x
+        return jnp.take(x.reshape(-1, *x.shape[2:]), self.flat.places, axis=0, mode="clip")[None]
+
+    def each(self, values: Shaped[Array, " B"]) -> Shaped[Array, "L _"]:
+        """What is said of each row, for each of its tokens; to be broadcast."""
+        return values[:, None] if self.flat is None else values[self.flat.places // self.length][None]
+
+
+class Tokens(NamedTuple):
+    """What an encoder is called with.
+
+    Attributes:
+        input_ids: token ids; what stands in the padding is arbitrary.
+        token_types: 0, or 1 for the second text of a pair.
+        tasks: which task each row asks for (`Architecture.tasks`); negative for none.
+        rows: where the rows stand.
+    """
+
+    input_ids: Int[Array, "L M"]
+    token_types: Int[Array, "L M"]
+    tasks: Int[Array, " B"]
+    rows: Rows
+
+    @classmethod
+    def plain(cls, input_ids: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> "Tokens":
+        """Padded single texts that ask for no task.
+
+        Args:
+            input_ids: token ids.
+            mask: tokens that are not padding.
+        """
+        return cls(input_ids, jnp.zeros_like(input_ids), jnp.full(input_ids.shape[:1], NO_TASK, jnp.int32), Rows(mask))
+
+    @property
+    def mask(self) -> Bool[Array, "B T"]:
+        """Tokens of each row that attention sees."""
+        return self.rows.mask
+
+    @property
+    def padded(self) -> "Tokens":
+        """The same with a line for each row."""
+        apart = self.rows.apart
+        return Tokens(apart(self.input_ids), apart(self.token_types), self.tasks, Rows(self.rows.mask))

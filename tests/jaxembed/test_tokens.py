@@ -1,0 +1,85 @@
+"""Where tokens stand: rows in line, apart and together again."""
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxembed.tokens import Rows, Tokens
+from jaxembed.types import NO_TASK
+
+
+def rows_of(lengths: list[int], *, spare: int, longer: int) -> tuple[Rows, list[slice]]:
+    """Rows in line, and where each stands."""
+    told = jnp.asarray(lengths, jnp.int32)
+    ends = np.cumsum([0, *lengths])
+    rows = Rows.in_line(told, told, tokens=int(ends[-1]) + spare, length=max(lengths) + longer)
+    return rows, list(itertools.starmap(slice, itertools.pairwise(ends)))
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=5).filter(any), st.integers(0, 3), st.integers(0, 2))
+def test_apart_and_together(lengths: list[int], spare: int, longer: int) -> None:
+    """Each row by itself, its places from 0 on, and back to where it was."""
+    rows, stands = rows_of(lengths, spare=spare, longer=longer)
+    total = sum(lengths)
+    line = np.arange(1, total + spare + 1, dtype=np.int32)[None]
+    apart = np.asarray(rows.apart(jnp.asarray(line)))
+    assert apart.shape == (len(lengths), rows.length)
+    places = np.asarray(rows.places)[0]
+    for row, (length, own) in enumerate(zip(lengths, stands, strict=True)):
+        np.testing.assert_array_equal(apart[row, :length], line[0, own])
+        np.testing.assert_array_equal(places[own], np.arange(length))
+        np.testing.assert_array_equal(rows.mask[row], np.arange(rows.length) < length)
+    np.testing.assert_array_equal(rows.together(jnp.asarray(apart))[0, :total], line[0, :total])
+    assert places.max(initial=0) < rows.length
+    each = np.asarray(rows.each(jnp.arange(len(lengths))))
+    np.testing.assert_array_equal(each[0, :total], np.repeat(np.arange(len(lengths)), lengths))
+
+
+def test_vectors_go_the_same_way() -> None:
+    """Whatever stands behind the token's axis."""
+    rows, stands = rows_of([2, 3], spare=1, longer=1)
+    x = np.random.default_rng(0).normal(size=(1, 6, 2, 3)).astype(np.float32)
+    apart = np.asarray(rows.apart(jnp.asarray(x)))
+    assert apart.shape == (2, 4, 2, 3)
+    np.testing.assert_array_equal(apart[1, :3], x[0, stands[1]])
+    np.testing.assert_array_equal(rows.together(jnp.asarray(apart))[0, :5], x[0, :5])
+
+
+def test_a_row_may_have_tokens_that_attention_does_not_see() -> None:
+    """They stand in the line all the same."""
+    rows = Rows.in_line(jnp.asarray([4, 2]), jnp.asarray([3, 2]), tokens=6, length=4)
+    np.testing.assert_array_equal(rows.mask, [[1, 1, 1, 0], [1, 1, 0, 0]])
+    np.testing.assert_array_equal(rows.places, [[0, 1, 2, 3, 0, 1]])
+
+
+def test_padded_rows_stay_as_they_are() -> None:
+    """Each has a line of its own."""
+    tokens = Tokens.plain(jnp.asarray([[1, 2], [3, 0]]), jnp.asarray([[True, True], [True, False]]))
+    rows = tokens.rows
+    assert rows.apart(tokens.input_ids) is rows.together(tokens.input_ids) is tokens.input_ids
+    assert tokens.padded.input_ids is tokens.input_ids
+    np.testing.assert_array_equal(rows.places, [[0, 1]])
+    np.testing.assert_array_equal(rows.each(jnp.asarray([7, 8])), [[7], [8]])
+    np.testing.assert_array_equal(tokens.tasks, [NO_TASK, NO_TASK])
+
+
+@pytest.mark.parametrize("what", ["gradient", "jit"])
+def test_transformations(what: str) -> None:
+    """A gradient goes to each token once; the rows go in and out of a compiled function."""
+    rows, _ = rows_of([2, 3], spare=1, longer=0)
+
+    def total(x: jax.Array, rows: Rows) -> Any:
+        apart = rows.apart(x)
+        return jnp.sum(jnp.where(rows.mask, apart, 0.0))
+
+    x = jnp.asarray([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]])
+    if what == "jit":
+        assert jax.jit(total)(x, rows) == 15.0
+    else:
+        np.testing.assert_array_equal(jax.grad(total)(x, rows), [[1, 1, 1, 1, 1, 0]])
