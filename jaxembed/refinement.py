@@ -31,7 +31,7 @@ __all__ = [
 WORTH = 0.01
 """A further length must save this share of the whole cost: each is several shapes to compile."""
 
-FLAT_WORTH = 0.02
+FLAT_WORTH = 0.05
 """The same of flat shapes, of each of whose lengths there are more."""
 
 NEAR = 0.05
