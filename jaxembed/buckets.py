@@ -112,7 +112,7 @@ class Ladder:
                 is always allowed, even when it alone is more.
             batch_multiple: every batch size is a multiple of this (the number of devices on the data axis).
             flat: whether shapes of several rows are flat: per length of all, a quarter, a sixteenth, ... of
-                `max_batch_tokens`. Only where `batch_multiple` is 1.
+                `max_batch_tokens`; and one of full rows of `max_length`, padded. Only where `batch_multiple` is 1.
 
         Raises:
             BucketError: an argument under 1.
