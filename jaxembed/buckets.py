@@ -25,7 +25,7 @@ each `PAIRS` tokens of its row."""
 PAIRS = 128
 
 MEAN = 2 / 3
-"""Mean length of rows in a flat shape, in parts of its own: so many of them it has room for."""
+"""Mean length that rows of a flat shape are reckoned to have, in parts of its own, where nothing is known of them."""
 
 PADDING = np.array([0, 0, 1, 0, 0, NO_TASK, 0], np.int32)
 """What a row of padding says, in the order of `Column`: its vector is of one feature."""

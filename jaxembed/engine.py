@@ -294,8 +294,6 @@ def forward(
 def full(bucket: Bucket) -> Batch:
     """A batch without padding."""
     batch = empty(bucket, range(bucket.batch_size))
-    lengths = np.full(bucket.batch_size, bucket.seq_len)
-    if bucket.flat:
-        lengths = np.diff(np.linspace(0, bucket.flat, bucket.batch_size + 1).astype(np.int64))
+    lengths = np.diff(np.linspace(0, bucket.tokens, bucket.batch_size + 1).astype(np.int64))
     batch.column(Column.LENGTH)[:] = batch.column(Column.TOKENS)[:] = lengths
     return batch

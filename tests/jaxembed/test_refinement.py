@@ -195,8 +195,7 @@ def test_a_small_shape_that_proves_slow_is_left_out(tiny_folder: str) -> None:
     engine.time = lambda bucket: COST.of(bucket) * (1.5 if bucket == Bucket(1, 10) else 1.0)
     new = embedder.refine(["a b c d e f g h"] * 50)
     assert Bucket(1, 10) not in new.buckets
-    assert Bucket(1, 16) in new.buckets
-    assert any(bucket.seq_len == 10 for bucket in new.buckets)
+    assert {Bucket(1, 16), Bucket(4, 10, 32), Bucket(7, 10, 64)} <= set(new.buckets)
     assert set(new.buckets) <= engine.compiled
 
 
