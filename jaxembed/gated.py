@@ -13,12 +13,10 @@ from jaxtyping import Array, Float
 
 from jaxembed.attention import attention
 from jaxembed.layers import Embedding, LayerNorm, Linear, activation
+from jaxembed.rotary import Turn
 from jaxembed.tokens import Rows, Tokens
 
-__all__ = ["GatedLayer", "GatedMLP", "Turning", "WordEmbeddings"]
-
-Turning = Callable[[jax.Array, int], jax.Array]
-"""Rotary positions: (queries or keys [B, T, ND], N) -> the same, turned; such as `rotary.Turn`."""
+__all__ = ["GatedLayer", "GatedMLP", "WordEmbeddings"]
 
 
 class GatedMLP(nnx.Module):
@@ -85,7 +83,7 @@ class GatedLayer(nnx.Module):
         x: Float[Array, "L M D"],
         rows: Rows,
         *,
-        turn: Turning | None = None,
+        turn: Turn | None = None,
         bias: Float[Array, "_ N T T"] | None = None,
     ) -> Float[Array, "L M D"]:
         """`turn` is done to queries and keys; `bias` is added to the attention scores."""
@@ -96,7 +94,7 @@ class GatedLayer(nnx.Module):
         self,
         x: Float[Array, "L M D"],
         rows: Rows,
-        turn: Turning | None,
+        turn: Turn | None,
         bias: Float[Array, "_ N T T"] | None,
     ) -> Float[Array, "L M D"]:
         """What attention adds to x."""

@@ -20,8 +20,9 @@ from jaxembed.attention import attention
 from jaxembed.blocks import BertConfig, PostNormLayer, bert_layer_weights, linear_weights, norm_weights
 from jaxembed.configs import check_heads, read_fields
 from jaxembed.errors import UnsupportedModelError
-from jaxembed.gated import GatedLayer, GatedMLP, Turning, WordEmbeddings
+from jaxembed.gated import GatedLayer, GatedMLP, WordEmbeddings
 from jaxembed.layers import LayerNorm, activation
+from jaxembed.rotary import Turn
 from jaxembed.tokens import Rows, Tokens
 from jaxembed.types import Architecture, Weight, Weights
 
@@ -95,7 +96,7 @@ class QKNormLayer(GatedLayer):
         self,
         x: Float[Array, "L M D"],
         rows: Rows,
-        turn: Turning | None,
+        turn: Turn | None,
         bias: Float[Array, "_ N T T"] | None,
     ) -> Float[Array, "L M D"]:
         """What attention adds to x; `turn` is not for this model."""
