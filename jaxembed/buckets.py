@@ -9,7 +9,7 @@ import numpy as np
 from jaxembed.errors import BucketError
 from jaxembed.types import NO_TASK, Batch, Bucket, Column, Encoding
 
-__all__ = ["DISPATCH_TOKENS", "Ladder", "Plan", "Row", "empty", "flat_shapes", "pack", "work"]
+__all__ = ["DISPATCH_TOKENS", "Ladder", "Plan", "Row", "empty", "flat_shapes", "pack", "rungs", "work"]
 
 DISPATCH_TOKENS = 16
 """What one more dispatch costs on CPU, in tokens of computation: the planner's price for splitting a group of rows."""
@@ -50,6 +50,12 @@ class Row(NamedTuple):
 def work(bucket: Bucket) -> float:
     """What a batch of this shape costs, in tokens of computation."""
     return bucket.tokens + (bucket.places - bucket.tokens) * PLACE * (1 + bucket.seq_len / PAIRS)
+
+
+def rungs(max_length: int) -> list[int]:
+    """Powers of two from `SHORTEST` on below `max_length`, and that."""
+    powers = range(SHORTEST.bit_length() - 1, max(0, max_length - 1).bit_length())
+    return [*(2**power for power in powers), max_length]
 
 
 def flat_shapes(length: int, sizes: Iterable[int], mean: float) -> list[Bucket]:
@@ -122,11 +128,7 @@ class Ladder:
                 f"max_length={max_length}, max_batch_tokens={max_batch_tokens}, batch_multiple={batch_multiple}: "
                 "each must be at least 1"
             )
-        lengths = [max_length]
-        rung = SHORTEST
-        while rung < max_length:
-            lengths.append(rung)
-            rung *= 2
+        lengths = rungs(max_length)
         if not flat:
             return cls.of_lengths(lengths, max_batch_tokens=max_batch_tokens, batch_multiple=batch_multiple)
         sizes = [max_batch_tokens]
@@ -157,6 +159,12 @@ class Ladder:
             # They stand in the order of their tokens.
             found.setdefault(bucket.seq_len, bucket)
         return Ladder(found.values())
+
+    def having(self, buckets: Iterable[Bucket]) -> "Ladder":
+        """A ladder of other shapes, by which a dispatch costs the same."""
+        ladder = Ladder(buckets)
+        ladder.dispatch_tokens = self.dispatch_tokens
+        return ladder
 
     def __str__(self) -> str:
         return "{" + ", ".join(map(str, self.buckets)) + "}"

@@ -1,0 +1,34 @@
+"""The fit of costs to times: what they were made of, and SciPy's non-negative least squares."""
+
+import numpy as np
+import pytest
+from scipy.optimize import nnls
+
+from jaxembed import Bucket
+from jaxembed.cost import Cost, fit_cost
+
+COST = Cost(call=0.003, token=4e-5, place=1e-5, pair=5e-8)
+
+
+def test_the_fit_finds_what_the_times_were_made_of() -> None:
+    """Exactly without noise; no factor is ever negative. Of padded shapes alone, tokens and places are one."""
+    padded = [Bucket(b, t) for b in (1, 4, 16) for t in (16, 64, 256)]
+    found = fit_cost({bucket: COST.of(bucket) for bucket in padded})
+    np.testing.assert_allclose([found.of(bucket) for bucket in padded], [COST.of(bucket) for bucket in padded])
+    buckets = [*padded, Bucket(8, 16, 64), Bucket(4, 64, 128), Bucket(12, 64, 512)]
+    found = fit_cost({bucket: COST.of(bucket) for bucket in buckets})
+    np.testing.assert_allclose(found, COST, rtol=1e-6)
+    noisy = fit_cost({bucket: 1.0 / bucket.tokens for bucket in buckets})
+    assert min(noisy) >= 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_other_factors_fit_better(seed: int) -> None:
+    """Where some of them would be under 0, the others are SciPy's."""
+    random = np.random.default_rng(seed)
+    buckets = [Bucket(b, t, flat) for b in (2, 8) for t in (16, 64, 256) for flat in (0, b * t // 2)]
+    seconds = random.uniform(1e-3, 1e-2, len(buckets))
+    sizes = np.array([(1, b.tokens, b.places, b.places * b.seq_len) for b in buckets], np.float64)
+    want, _ = nnls(sizes / sizes.max(axis=0) / seconds[:, None], np.ones(len(seconds)))
+    found = fit_cost(dict(zip(buckets, seconds, strict=True)))
+    np.testing.assert_allclose(np.array(found) * sizes.max(axis=0), want, rtol=1e-6, atol=1e-12)

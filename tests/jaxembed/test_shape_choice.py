@@ -1,0 +1,161 @@
+"""The choice of shapes: lengths against every other choice, and what each shape that is left saves."""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from jaxembed import Bucket, Ladder
+from jaxembed.buckets import rungs
+from jaxembed.cost import Cost
+from jaxembed.shape_choice import (
+    FLAT_WORTH,
+    GROUPS,
+    OTHERS,
+    PRICE,
+    SAMPLE,
+    WORTH,
+    Load,
+    choose_lengths,
+    fewest,
+    flat_ladder,
+    loads,
+    mean_length,
+    spent,
+)
+
+COST = Cost(call=0.003, token=4e-5, place=1e-5, pair=5e-8)
+
+
+def total(chosen: Sequence[int], counts: np.ndarray, price: float) -> float:
+    """What a choice of lengths costs, by the definition."""
+    rows = sum(
+        count * COST.of_row(next(n for n in chosen if n >= length)) for length, count in enumerate(counts) if count
+    )
+    return rows + price * len(chosen)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_other_choice_costs_less(seed: int) -> None:
+    """Every subset of the candidates up to 24 was tried."""
+    random = np.random.default_rng(seed)
+    counts = np.zeros(25, np.int64)
+    counts[1:] = random.integers(0, 60, 24) * (random.random(24) < 0.5)
+    candidates = [*range(4, 24, 2), 24]
+    price = WORTH * total(candidates, counts, 0.0)
+    choices = [(*some, 24) for size in range(len(candidates)) for some in itertools.combinations(candidates[:-1], size)]
+    least = min(total(choice, counts, price) for choice in choices)
+    assert total(choose_lengths(counts, COST.of_row), counts, price) == pytest.approx(least, rel=1e-12)
+
+
+def test_the_greatest_length_is_always_there() -> None:
+    """An input of any length that was allowed before still is."""
+    counts = np.zeros(301, np.int64)
+    assert choose_lengths(counts, COST.of_row)[-1] == 300
+    counts[10] = 1000
+    assert choose_lengths(counts, COST.of_row) == (10, 300)
+
+
+def test_flat_shapes_have_room_for_rows_of_the_mean_length() -> None:
+    """Of the inputs between two lengths; single rows and full batches are padded."""
+    counts = np.zeros(65, np.int64)
+    counts[[6, 8, 13, 16]] = 100
+    counts[[40, 64]] = 20
+    ladder = flat_ladder(counts, COST, 256)
+    flat = {bucket for bucket in ladder.buckets if bucket.flat}
+    before = -1
+    fixed = COST.token * float(counts @ np.arange(65))
+    lengths = choose_lengths(counts, COST.of_places, fixed=fixed, worth=FLAT_WORTH)
+    for length in lengths:
+        mean = mean_length(counts, before + 1, length)
+        assert mean == np.average(np.arange(before + 1, length + 1), weights=counts[before + 1 : length + 1])
+        sizes = {bucket.flat: bucket.batch_size for bucket in flat if bucket.seq_len == length}
+        rows = {size: math.ceil(size / mean) for size in (32, 48, 64, 128, 256) if size >= 2 * length}
+        assert sizes == {size: count for size, count in rows.items() if count * length != size}
+        before = length
+    assert flat and {bucket.seq_len for bucket in flat} <= set(lengths)
+    padded = [Bucket(rows, length) for length in (8, 16, 64) for rows in (1, 256 // length)]
+    assert set(padded) <= set(ladder.buckets)
+    assert mean_length(counts, 17, 39) == 0.0
+
+
+def some(seed: int, longest: int = 64) -> np.ndarray:
+    """Counts of lengths up to half the longest."""
+    counts = np.zeros(longest + 1, np.int64)
+    counts[1 : longest // 2] = np.random.default_rng(seed).integers(0, 50, longest // 2 - 1)
+    return counts
+
+
+def everything(counts: np.ndarray, tokens: int = 128) -> Ladder:
+    """The shapes to begin with, and those for what came."""
+    default = Ladder.default(max_length=len(counts) - 1, max_batch_tokens=tokens, flat=True)
+    return Ladder([*default.buckets, *flat_ladder(counts, COST, tokens).buckets])
+
+
+@pytest.mark.parametrize("size", range(len(GROUPS) + 1))
+def test_loads_are_inputs_like_those_that_came(size: int) -> None:
+    """Of their lengths, as often as they came; and a group of each other length."""
+    counts = np.zeros(65, np.int64)
+    counts[10], counts[30] = 300, 100
+    load = loads(counts, 128)[size]
+    lengths = [length for group, times in load.came.items() for _ in range(times) for length in group]
+    assert lengths.count(10) == 3 * lengths.count(30) and set(lengths) == {10, 30}
+    assert len(lengths) >= SAMPLE
+    if size < len(GROUPS):
+        assert {len(group) for group in (*load.came, *load.others)} == {GROUPS[size]}
+    else:
+        # Enough for many batches, of whatever length.
+        assert min(sum(group) for group in (*load.came, *load.others)) >= 32 * 128
+    assert [set(group) for group in load.others] == [{length} for length in rungs(64)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_each_shape_that_is_left_saves_its_price(seed: int) -> None:
+    """By the definition: the mean of what the loads take more without it, of what they took in all shapes."""
+    counts = some(seed)
+    noise = np.random.default_rng(seed).uniform(0.8, 1.25, (129, 65, 129))
+
+    def seconds(bucket: Bucket) -> float:
+        return COST.of(bucket) * float(noise[bucket])
+
+    wanted, all_of_them = loads(counts, 128), everything(counts)
+    found = fewest(all_of_them, wanted, seconds)
+    assert set(found.buckets) < set(all_of_them.buckets) and found.max_length == 64
+
+    def taken(ladder: Ladder) -> float:
+        parts = []
+        for load in wanted:
+            other = [Load({group: 1}, []) for group in load.others]
+            ratios = [spent(ladder, one, seconds) / spent(all_of_them, one, seconds) for one in (load, *other)]
+            parts.append((1 - OTHERS) * ratios[0] + OTHERS * float(np.mean(ratios[1:])))
+        return float(np.mean(parts))
+
+    for bucket in found.buckets:
+        left = [one for one in found.buckets if one != bucket]
+        if any(one.seq_len == 64 for one in left):
+            assert taken(found.having(left)) - taken(found) > PRICE
+    for load in wanted:
+        assert spent(found, load, seconds) < 1.15 * spent(all_of_them, load, seconds)
+
+
+def test_texts_of_lengths_that_did_not_come_are_thought_of() -> None:
+    """Queries alone leave shapes in which a long text takes no more than half as long again."""
+    counts = np.zeros(257, np.int64)
+    counts[4:21] = 100
+    before, wanted = everything(counts, 512), loads(counts, 512)
+    after = fewest(before, wanted, COST.of)
+    assert len(after) < len(before) / 1.5
+    for length in rungs(256):
+        alone = Load({(length,): 1}, [])
+        assert spent(after, alone, COST.of) < 1.5 * spent(before, alone, COST.of)
+
+
+def test_one_shape_is_left_at_least() -> None:
+    """Of the greatest length; and a dispatch costs what it did."""
+    ladder = Ladder([Bucket(1, 8), Bucket(2, 64)])
+    ladder.dispatch_tokens = 77
+    found = fewest(ladder, loads(np.eye(65, dtype=np.int64)[64], 128), COST.of)
+    assert found.buckets == (Bucket(2, 64),) and found.dispatch_tokens == 77
+    assert fewest(found, loads(np.eye(65, dtype=np.int64)[3], 128), COST.of) is found
