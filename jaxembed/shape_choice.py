@@ -25,7 +25,7 @@ WORTH = 0.01
 FLAT_WORTH = 0.05
 """The same of flat shapes, of each of whose lengths there are more."""
 
-PRICE = 0.004
+PRICE = 0.003
 """A shape must save this share of what inputs take, in the mean over `loads`: it is compiled, and held in memory."""
 
 OTHERS = 0.1
@@ -46,6 +46,9 @@ SAMPLE = 288
 FILLED = 32
 """Batches that all of them fill."""
 
+JOB = 2.0
+"""All of them count as much as so many loads of groups: most of what a device ever computes is large jobs."""
+
 Counts = npt.NDArray[np.int64]
 """int64 [max_length + 1]: inputs of each length from 0 on."""
 
@@ -62,10 +65,12 @@ class Load(NamedTuple):
     Attributes:
         came: group -> how often.
         others: groups of texts of other lengths, each of one.
+        weight: how much they count beside others.
     """
 
     came: Mapping[Group, int]
     others: Sequence[Group]
+    weight: float = 1.0
 
 
 class Planned(NamedTuple):
@@ -162,7 +167,7 @@ def loads(counts: Counts, batch_tokens: int) -> list[Load]:
         )
         for size in GROUPS
     ]
-    return [*found, Load({tuple(every): 1}, [(length,) * max(1, filled // length) for length in lengths])]
+    return [*found, Load({tuple(every): 1}, [(length,) * max(1, filled // length) for length in lengths], JOB)]
 
 
 def sampled(counts: Counts, number: int) -> list[int]:
@@ -188,18 +193,20 @@ def fewest(ladder: Ladder, wanted: Sequence[Load], seconds: Seconds) -> Ladder:
 
     Args:
         ladder: shapes to choose from. One of the greatest length always stays.
-        wanted: what they are for; each load counts as much as any other.
+        wanted: what they are for.
         seconds: of a batch of a shape.
     """
     now: dict[Group, Planned] = {}
     weights: defaultdict[Group, float] = defaultdict(float)
+    all_weights = sum(load.weight for load in wanted)
     for load in wanted:
+        share = load.weight / all_weights
         now |= {group: planned(ladder, group, seconds) for group in (*load.came, *load.others)}
         total = sum(times * now[group].seconds for group, times in load.came.items())
         for group, times in load.came.items():
-            weights[group] += (1 - OTHERS) * times / total / len(wanted)
+            weights[group] += share * (1 - OTHERS) * times / total
         for group in load.others:
-            weights[group] += OTHERS / len(load.others) / now[group].seconds / len(wanted)
+            weights[group] += share * OTHERS / len(load.others) / now[group].seconds
     before = len(ladder) + 1
     while len(ladder) < before:
         before = len(ladder)

@@ -13,6 +13,7 @@ from jaxembed.cost import Cost
 from jaxembed.shape_choice import (
     FLAT_WORTH,
     GROUPS,
+    JOB,
     OTHERS,
     PRICE,
     SAMPLE,
@@ -130,7 +131,7 @@ def test_each_shape_that_is_left_saves_its_price(seed: int) -> None:
             other = [Load({group: 1}, []) for group in load.others]
             ratios = [spent(ladder, one, seconds) / spent(all_of_them, one, seconds) for one in (load, *other)]
             parts.append((1 - OTHERS) * ratios[0] + OTHERS * float(np.mean(ratios[1:])))
-        return float(np.mean(parts))
+        return float(np.average(parts, weights=[1.0] * len(GROUPS) + [JOB]))
 
     for bucket in found.buckets:
         left = [one for one in found.buckets if one != bucket]
