@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from jaxembed.buckets import Ladder
 from jaxembed.cost import Cost, fit_cost
-from jaxembed.shape_choice import choose_lengths, fewest, flat_ladder, loads, spent
+from jaxembed.shape_choice import choose_lengths, compared, fewest, flat_ladder, loads
 from jaxembed.types import Bucket
 
 __all__ = ["Histogram", "Refinable", "least_seconds", "refine", "switch"]
@@ -25,8 +25,8 @@ SMALL = 4
 ROUNDS = 3
 """How often a shape is timed."""
 
-GAIN = 0.05
-"""A new ladder must save this share of what inputs cost by the old one, in groups of some size."""
+GAIN = 0.03
+"""A new ladder must save this share of what inputs take by the old one, in the mean over `shape_choice.loads`."""
 
 
 class Histogram:
@@ -98,7 +98,7 @@ def refine(engine: Refinable, counts: npt.NDArray[np.int64]) -> Ladder | None:
     cost = fit_cost(least_seconds(engine, old.buckets))
     likely = loads(within, engine.max_batch_tokens)
     first = fewest(old.having(candidates(engine, within, cost)), likely, cost.of)
-    if all(spent(first, load, cost.of) > (1 - GAIN) * spent(old, load, cost.of) for load in likely):
+    if compared(first, old, likely, cost.of) > 1 - GAIN:
         return None
     prepare(engine, first)
     small = {bucket for bucket in (*old.buckets, *first.buckets) if bucket.tokens * SMALL <= first.batch_tokens}

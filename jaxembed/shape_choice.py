@@ -17,7 +17,7 @@ from jaxembed.buckets import MEAN, Ladder, flat_shapes, rungs
 from jaxembed.cost import Cost
 from jaxembed.types import Bucket
 
-__all__ = ["choose_lengths", "fewest", "flat_ladder", "loads", "mean_length", "spent"]
+__all__ = ["choose_lengths", "compared", "fewest", "flat_ladder", "loads", "mean_length", "spent"]
 
 WORTH = 0.01
 """A further length must save this share of the whole cost: each is several shapes to compile."""
@@ -42,6 +42,9 @@ GROUPS = (1, 4, 12, 32)
 
 SAMPLE = 288
 """Inputs that are reckoned in groups, which divide it; at least so many where all are planned together."""
+
+MOST = 2048
+"""At most so many there: they are planned some hundred times."""
 
 FILLED = 32
 """Batches that all of them fill."""
@@ -154,12 +157,15 @@ def loads(counts: Counts, batch_tokens: int) -> list[Load]:
         counts: int64 [max_length + 1], inputs of each length; at least one.
         batch_tokens: of a full batch.
     """
-    filled = FILLED * batch_tokens
-    every = sampled(counts, max(SAMPLE, int(filled / max(1.0, mean_length(counts, 0, len(counts) - 1)))))
+
+    def filling(length: float) -> int:
+        return int(min(MOST, FILLED * batch_tokens / max(1.0, length)))
+
+    lengths = rungs(len(counts) - 1)
+    every = sampled(counts, max(SAMPLE, filling(mean_length(counts, 0, len(counts) - 1))))
     few = sampled(counts, SAMPLE)
     # Of those that stand side by side lengths must not be alike.
     np.random.default_rng(0).shuffle(few)
-    lengths = rungs(len(counts) - 1)
     found = [
         Load(
             Counter(tuple(sorted(few[i : i + size])) for i in range(0, SAMPLE, size)),
@@ -167,7 +173,7 @@ def loads(counts: Counts, batch_tokens: int) -> list[Load]:
         )
         for size in GROUPS
     ]
-    return [*found, Load({tuple(every): 1}, [(length,) * max(1, filled // length) for length in lengths], JOB)]
+    return [*found, Load({tuple(every): 1}, [(length,) * max(1, filling(float(length))) for length in lengths], JOB)]
 
 
 def sampled(counts: Counts, number: int) -> list[int]:
@@ -180,6 +186,12 @@ def sampled(counts: Counts, number: int) -> list[int]:
 def spent(ladder: Ladder, load: Load, seconds: Seconds) -> float:
     """Seconds of the inputs that came."""
     return sum(times * planned(ladder, group, seconds).seconds for group, times in load.came.items())
+
+
+def compared(ladder: Ladder, other: Ladder, wanted: Sequence[Load], seconds: Seconds) -> float:
+    """What the inputs that came take by a ladder, in parts of what they take by another; the mean over loads."""
+    parts = [spent(ladder, load, seconds) / spent(other, load, seconds) for load in wanted]
+    return float(np.average(parts, weights=[load.weight for load in wanted]))
 
 
 def planned(ladder: Ladder, group: Group, seconds: Seconds) -> Planned:

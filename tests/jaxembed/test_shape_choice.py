@@ -14,12 +14,14 @@ from jaxembed.shape_choice import (
     FLAT_WORTH,
     GROUPS,
     JOB,
+    MOST,
     OTHERS,
     PRICE,
     SAMPLE,
     WORTH,
     Load,
     choose_lengths,
+    compared,
     fewest,
     flat_ladder,
     loads,
@@ -112,6 +114,15 @@ def test_loads_are_inputs_like_those_that_came(size: int) -> None:
     assert [set(group) for group in load.others] == [{length} for length in rungs(64)]
 
 
+def test_large_batches_are_not_filled_without_end() -> None:
+    """All inputs are planned some hundred times."""
+    counts = np.zeros(513, np.int64)
+    counts[12] = 10**6
+    *_, every = loads(counts, 16384)
+    assert {len(group) for group in every.came} == {MOST}
+    assert max(map(len, every.others)) == MOST and every.others[-1] == (512,) * 1024
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_each_shape_that_is_left_saves_its_price(seed: int) -> None:
     """By the definition: the mean of what the loads take more without it, of what they took in all shapes."""
@@ -151,6 +162,14 @@ def test_texts_of_lengths_that_did_not_come_are_thought_of() -> None:
     for length in rungs(256):
         alone = Load({(length,): 1}, [])
         assert spent(after, alone, COST.of) < 1.5 * spent(before, alone, COST.of)
+
+
+def test_ladders_are_compared_by_what_came() -> None:
+    """Each load in parts of itself, however long it takes; other lengths do not count."""
+    short, long = Load({(8,): 3}, [(64,)]), Load({(64,): 1, (8,): 1}, [], weight=3.0)
+    old, new = Ladder([Bucket(1, 16), Bucket(1, 64)]), Ladder([Bucket(1, 8), Bucket(1, 64)])
+    seconds = {Bucket(1, 8): 1.0, Bucket(1, 16): 2.0, Bucket(1, 64): 6.0}
+    assert compared(new, old, [short, long], seconds.__getitem__) == pytest.approx((1 / 2 + 3 * 7 / 8) / 4)
 
 
 def test_one_shape_is_left_at_least() -> None:
