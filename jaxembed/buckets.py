@@ -54,8 +54,12 @@ def work(bucket: Bucket) -> float:
 
 def rungs(max_length: int) -> list[int]:
     """Powers of two from `SHORTEST` on below `max_length`, and that."""
-    powers = range(SHORTEST.bit_length() - 1, max(0, max_length - 1).bit_length())
-    return [*(2**power for power in powers), max_length]
+    lengths = []
+    rung = SHORTEST
+    while rung < max_length:
+        lengths.append(rung)
+        rung *= 2
+    return [*lengths, max_length]
 
 
 def flat_shapes(length: int, sizes: Iterable[int], mean: float) -> list[Bucket]:

@@ -1,7 +1,7 @@
-"""A ladder from what really comes: its lengths by exact dynamic programming over a histogram. Knows no JAX.
+"""A ladder from what really comes: shapes are timed, chosen (`shape_choice`), compiled and swapped in. Knows no JAX.
 
-A small ladder is ready in seconds and pads much. Once enough inputs have been seen, the lengths are chosen again so
-that their cost is least, their shapes are compiled beside the work, and the ladder is swapped.
+A small ladder is ready in seconds and pads much. Once enough inputs have been seen, the shapes are chosen again by
+their lengths, compiled beside the work, and the ladder is swapped.
 """
 
 import math

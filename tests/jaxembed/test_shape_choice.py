@@ -84,14 +84,14 @@ def test_flat_shapes_have_room_for_rows_of_the_mean_length() -> None:
     assert mean_length(counts, 17, 39) == 0.0
 
 
-def some(seed: int, longest: int = 64) -> np.ndarray:
+def some(seed: int, longest: int) -> np.ndarray:
     """Counts of lengths up to half the longest."""
     counts = np.zeros(longest + 1, np.int64)
     counts[1 : longest // 2] = np.random.default_rng(seed).integers(0, 50, longest // 2 - 1)
     return counts
 
 
-def everything(counts: np.ndarray, tokens: int = 128) -> Ladder:
+def everything(counts: np.ndarray, tokens: int) -> Ladder:
     """The shapes to begin with, and those for what came."""
     default = Ladder.default(max_length=len(counts) - 1, max_batch_tokens=tokens, flat=True)
     return Ladder([*default.buckets, *flat_ladder(counts, COST, tokens).buckets])
@@ -123,18 +123,18 @@ def test_large_batches_are_not_filled_without_end() -> None:
     assert max(map(len, every.others)) == MOST and every.others[-1] == (512,) * 1024
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(4))
 def test_each_shape_that_is_left_saves_its_price(seed: int) -> None:
     """By the definition: the mean of what the loads take more without it, of what they took in all shapes."""
-    counts = some(seed)
-    noise = np.random.default_rng(seed).uniform(0.8, 1.25, (129, 65, 129))
+    counts = some(seed, 32)
+    noise = np.random.default_rng(seed).uniform(0.8, 1.25, (65, 33, 65))
 
     def seconds(bucket: Bucket) -> float:
         return COST.of(bucket) * float(noise[bucket])
 
-    wanted, all_of_them = loads(counts, 128), everything(counts)
+    wanted, all_of_them = loads(counts, 64), everything(counts, 64)
     found = fewest(all_of_them, wanted, seconds)
-    assert set(found.buckets) < set(all_of_them.buckets) and found.max_length == 64
+    assert set(found.buckets) < set(all_of_them.buckets) and found.max_length == 32
 
     def taken(ladder: Ladder) -> float:
         parts = []
@@ -146,7 +146,7 @@ def test_each_shape_that_is_left_saves_its_price(seed: int) -> None:
 
     for bucket in found.buckets:
         left = [one for one in found.buckets if one != bucket]
-        if any(one.seq_len == 64 for one in left):
+        if any(one.seq_len == 32 for one in left):
             assert taken(found.having(left)) - taken(found) > PRICE
     for load in wanted:
         assert spent(found, load, seconds) < 1.15 * spent(all_of_them, load, seconds)
