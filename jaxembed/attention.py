@@ -3,7 +3,7 @@
 Chosen while a function is traced: by platform, dtype, length and kind. Letters in shapes are those of `layers`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache, partial
@@ -22,6 +22,12 @@ MASKED = -1e30
 
 FUSED_LENGTH = 64
 """Tokens from which the fused kernel is faster than XLA's products (docs/performance.md)."""
+
+LEAST_BLOCK = 64
+"""Queries that a block has at least: products of fewer are slow."""
+
+BLOCKS_WORTH = 0.75
+"""Which share of all keys blocks may look at, to be used."""
 
 RIGHT_PADDED: ContextVar[bool] = ContextVar("RIGHT_PADDED", default=False)
 
@@ -43,8 +49,8 @@ def attention(
     """Scaled dot-product attention, softmax(Q K^T * scale + bias) V (https://arxiv.org/abs/1706.03762).
 
     On a GPU in bfloat16, for rows of `FUSED_LENGTH` tokens and more, by cuDNN's fused kernel, which never writes the
-    scores: if each query sees all keys of the mask and has a head of keys of its own, and under `right_padded`.
-    Otherwise by products that XLA compiles.
+    scores: without bias, without a window to both sides, and under `right_padded`. Otherwise by products that XLA
+    compiles; where there is a window that is short beside the row, of blocks of queries with the keys around them.
 
     Args:
         query, key, value: heads side by side in the last axis, float32.
@@ -61,18 +67,23 @@ def attention(
     Returns:
         float32, heads side by side again.
     """
-    kv_heads = num_key_value_heads or num_heads
+    heads = (num_heads, num_key_value_heads or num_heads)
     query, key, value = (rows.apart(x) for x in (query, key, value))
-    width = query.shape[2] // num_heads
+    length, width = query.shape[1], query.shape[2] // num_heads
     scale = float(width) ** -0.5 if scale is None else scale
-    plain = partial(
-        plain_attention, heads=(num_heads, kv_heads), dtype=dtype, scale=scale, bias=bias, causal=causal, window=window
-    )
-    full = bias is None and window is None and not causal and kv_heads == num_heads
-    takes = dtype == jnp.bfloat16 and width % 8 == 0 and width <= 128 and query.shape[1] >= FUSED_LENGTH
-    if not (full and takes and RIGHT_PADDED.get() and has_fused_attention()):
+    if window is not None and window >= length - 1:
+        # Every key is near.
+        window = None
+    plain = partial(plain_attention, heads=heads, dtype=dtype, scale=scale)
+    if bias is None and window is not None and in_blocks_pays(length, causal, window):
+        plain = partial(attention_in_blocks, plain, causal=causal, window=window)
+    else:
+        plain = partial(plain, bias=bias, near=places(length, causal, window), blind=window is not None)
+    fusible = bias is None and (window is None or causal) and RIGHT_PADDED.get()
+    takes = dtype == jnp.bfloat16 and width % 8 == 0 and length >= FUSED_LENGTH
+    if not (fusible and takes and width <= fused_width()):
         return rows.together(plain(query, key, value, rows.mask))
-    fused = partial(fused_attention, num_heads=num_heads, scale=scale)
+    fused = partial(fused_attention, heads=heads, scale=scale, causal=causal, window=window)
     mixed: jax.Array = jax.lax.platform_dependent(query, key, value, rows.mask, cuda=fused, default=plain)
     return rows.together(mixed)
 
@@ -91,29 +102,48 @@ def right_padded() -> Iterator[None]:
 
 
 @lru_cache(maxsize=1)
-def has_fused_attention() -> bool:
-    """Whether this process has NVIDIA GPUs that cuDNN's fused attention runs on: Ampere or newer."""
+def fused_width() -> int:
+    """Features of the widest head that cuDNN's fused attention takes on the GPUs of this process; 0 if none."""
     try:
         devices = jax.devices("cuda")
     except RuntimeError:
-        return False
-    return all(float(device.compute_capability) >= 8.0 for device in devices)
+        return 0
+    capability = min(float(device.compute_capability) for device in devices)
+    if capability < 8.0:
+        return 0
+    return 128 if capability < 9.0 else 256
 
 
 def fused_attention(
     query: Float[Array, "B T ND"],
-    key: Float[Array, "B S ND"],
-    value: Float[Array, "B S ND"],
+    key: Float[Array, "B S KD"],
+    value: Float[Array, "B S KD"],
     mask: Bool[Array, "B S"],
     *,
-    num_heads: int,
+    heads: tuple[int, int],
     scale: float,
+    causal: bool,
+    window: int | None,
 ) -> Float[Array, "B T ND"]:
     """`attention` by cuDNN, in bfloat16. Traced only where there is a GPU: it asks for its version."""
-    q, k, v = (x.astype(jnp.bfloat16).reshape(*x.shape[:2], num_heads, -1) for x in (query, key, value))
-    # A row of padding sees its first token: of no key at all the kernel may make anything.
-    seen = jnp.maximum(jnp.sum(mask, axis=1, dtype=jnp.int32), 1)
-    mixed = jax.nn.dot_product_attention(q, k, v, scale=scale, key_value_seq_lengths=seen, implementation="cudnn")
+    num_heads, kv_heads = heads
+    q, k, v = (
+        x.astype(jnp.bfloat16).reshape(*x.shape[:2], count, -1)
+        for x, count in ((query, num_heads), (key, kv_heads), (value, kv_heads))
+    )
+    # A row of padding sees its first token: of no key at all the kernel may make anything. Where no token sees what is
+    # behind it, none sees the padding behind its row, and each sees at least itself.
+    seen = None if causal else jnp.maximum(jnp.sum(mask, axis=1, dtype=jnp.int32), 1)
+    mixed = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        scale=scale,
+        is_causal=causal,
+        key_value_seq_lengths=seen,
+        local_window_size=None if window is None else (window, 0),
+        implementation="cudnn",
+    )
     return mixed.reshape(query.shape).astype(jnp.float32)
 
 
@@ -126,11 +156,17 @@ def plain_attention(
     heads: tuple[int, int],
     dtype: jnp.dtype,
     scale: float,
-    bias: Float[Array, "_ N T S"] | None,
-    causal: bool,
-    window: int | None,
+    bias: Float[Array, "_ N T S"] | None = None,
+    near: Bool[Array, "T S"] | None = None,
+    blind: bool = False,
 ) -> Float[Array, "B T ND"]:
-    """`attention` by products that XLA compiles; `heads` of the queries, and of keys and values."""
+    """`attention` by products that XLA compiles.
+
+    Args:
+        heads: of the queries, and of keys and values.
+        near: which keys a query may see by its place; None for all.
+        blind: whether that may be none that the mask shows.
+    """
     num_heads, kv_heads = heads
     q, k, v = split_heads(query, num_heads), split_heads(key, kv_heads), split_heads(value, kv_heads)
     if kv_heads != num_heads:
@@ -138,17 +174,64 @@ def plain_attention(
     scores = masked_scores(q * scale, k, mask, dtype)
     if bias is not None:
         scores = scores + jnp.broadcast_to(bias, scores.shape)
-    near = places(query.shape[1], key.shape[1], causal, window)
     if near is not None:
         scores = jnp.where(near[None, None], scores, MASKED)
     weights, total = soften(scores)
     # The division waits until after the product with V: XLA fuses this form best on CPU (docs/numerics.md).
     mixed = weighted(weights, v, dtype) / total
-    if near is not None and window is not None:
+    if near is not None and blind:
         # A query too far from every key, as one behind the padding's beginning may be, gets nothing, as in torch.
         seen = mask[:, None, None, :] & near[None, None]
         mixed = jnp.where(jnp.any(seen, axis=-1)[..., None], mixed, 0.0)
     return jnp.swapaxes(mixed, 1, 2).reshape(query.shape)
+
+
+def block_size(causal: bool, window: int) -> int:
+    """Queries of a block: as many as keys that one query sees beside itself, or few more where those are few."""
+    return max(window if causal else 2 * window, LEAST_BLOCK)
+
+
+def in_blocks_pays(length: int, causal: bool, window: int) -> bool:
+    """Whether `attention_in_blocks` looks at so many fewer keys that its copies of them are worth it."""
+    size = block_size(causal, window)
+    return -(-length // size) * size * 2 * size <= BLOCKS_WORTH * length * length
+
+
+def attention_in_blocks(
+    plain: Callable[..., jax.Array],
+    query: Float[Array, "B T ND"],
+    key: Float[Array, "B T KD"],
+    value: Float[Array, "B T KD"],
+    mask: Bool[Array, "B T"],
+    *,
+    causal: bool,
+    window: int,
+) -> Float[Array, "B T ND"]:
+    """`plain_attention` with a window, of blocks of queries, each with its own keys and those around it.
+
+    Scores grow with the length and not with its square. A block of C queries sees 2 C keys, from `window` places before
+    its first on: the halves of two neighbours, so that keys are copied once and moved no further.
+    """
+    batch, length = mask.shape
+    size = block_size(causal, window)
+    blocks = -(-length // size)
+
+    def in_blocks(x: jax.Array, before: int, count: int) -> jax.Array:
+        """[B, T, ...] as [B, count, C, ...], with so many places of zeros before it, and others behind."""
+        padding = [(0, 0), (before, count * size - before - length), *[(0, 0)] * (x.ndim - 2)]
+        return jnp.pad(x, padding).reshape(batch, count, size, *x.shape[2:])
+
+    def around(x: jax.Array) -> jax.Array:
+        """[B, T, ...] as [B * blocks, 2 C, ...]."""
+        parts = in_blocks(x, window, blocks + 1)
+        pairs = jnp.concatenate([parts[:, :-1], parts[:, 1:]], axis=2)
+        return pairs.reshape(batch * blocks, 2 * size, *x.shape[2:])
+
+    distance = jnp.arange(2 * size, dtype=jnp.int32)[None, :] - jnp.arange(size, dtype=jnp.int32)[:, None] - window
+    near = (distance >= -window) & (distance <= (0 if causal else window))
+    queries = in_blocks(query, 0, blocks).reshape(batch * blocks, size, -1)
+    mixed = plain(queries, around(key), around(value), around(mask), near=near, blind=True)
+    return mixed.reshape(batch, blocks * size, -1)[:, :length]
 
 
 def masked_scores(
@@ -192,12 +275,13 @@ def soften(scores: Float[Array, "B N T S"]) -> tuple[Float[Array, "B N T S"], Fl
     return weights, jnp.sum(weights, axis=-1, keepdims=True)
 
 
-def places(queries: int, keys: int, causal: bool, window: int | None) -> Bool[Array, "T S"] | None:
+def places(length: int, causal: bool, window: int | None) -> Bool[Array, "T T"] | None:
     """Which key each query may see by its place alone; None if all."""
     if not causal and window is None:
         return None
-    distance = jnp.arange(keys, dtype=jnp.int32)[None, :] - jnp.arange(queries, dtype=jnp.int32)[:, None]
-    seen = distance <= 0 if causal else jnp.ones((queries, keys), bool)
+    place = jnp.arange(length, dtype=jnp.int32)
+    distance = place[None, :] - place[:, None]
+    seen = distance <= 0 if causal else jnp.ones((length, length), bool)
     return seen if window is None else seen & (jnp.abs(distance) <= window)
 
 

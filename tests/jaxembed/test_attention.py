@@ -1,8 +1,10 @@
 """Attention against its formula in float64, and which kernel computes it."""
 
+import itertools
 import re
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -23,17 +25,38 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def reference_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray, heads: int) -> np.ndarray:
-    """softmax(Q K^T / sqrt(H)) V head by head and row by row, in float64, over the keys that may be seen only."""
+def reference_attention(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    mask: np.ndarray,
+    heads: int,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+) -> np.ndarray:
+    """softmax(Q K^T / sqrt(H)) V token by token in float64, over the keys that may be seen only; 0 where none may.
+
+    Heads of keys are as wide as those of queries; where there are fewer, each serves as many of the others.
+    """
     out = np.zeros(q.shape)
-    size = q.shape[-1] // heads
-    for row in range(q.shape[0]):
-        for head in range(heads):
-            part = slice(head * size, (head + 1) * size)
-            keys, values = (x[row, mask[row], part].astype(np.float64) for x in (k, v))
-            scores = q[row, :, part].astype(np.float64) @ keys.T / np.sqrt(size)
-            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-            out[row, :, part] = weights / weights.sum(axis=1, keepdims=True) @ values
+    rows, length, width = q.shape
+    size = width // heads
+    share = width // k.shape[2]
+    near = np.ones((length, length), bool)
+    for place in range(length):
+        if causal:
+            near[place, place + 1 :] = False
+        if window is not None:
+            near[place, : max(place - window, 0)] = near[place, place + window + 1 :] = False
+    for row, head, place in itertools.product(range(rows), range(heads), range(length)):
+        part, of_keys = (slice(n * size, (n + 1) * size) for n in (head, head // share))
+        seen = mask[row] & near[place]
+        if seen.any():
+            keys, values = (x[row, seen, of_keys].astype(np.float64) for x in (k, v))
+            scores = keys @ q[row, place, part].astype(np.float64) / np.sqrt(size)
+            weights = np.exp(scores - scores.max())
+            out[row, place, part] = weights / weights.sum() @ values
     return out
 
 
@@ -106,6 +129,51 @@ def test_attention_in_bfloat16_returns_float32() -> None:
         assert len(re.findall(r"dot_general.*xbf16>, tensor<[0-9x]*xbf16>\) -> tensor<[0-9x]*xf32>", text)) == products
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [0, 3, 70, 198, 199, 1000])
+@pytest.mark.parametrize("length", [200, 256])
+def test_attention_with_a_window(length: int, window: int, causal: bool) -> None:
+    """In blocks or not, at the ends and where a block ends; masks with holes, one hiding all that some tokens see."""
+    q, k, v = normal(2, length, 8), normal(2, length, 4, seed=1), normal(2, length, 4, seed=2)
+    mask = np.random.default_rng(3).random((2, length)) < 0.7
+    mask[:, 0] = mask[:, -1] = True
+    mask[1, 20:190] = False
+    options: dict[str, Any] = {"num_heads": 2, "causal": causal, "window": window}
+    call = jax.jit(partial(attention, num_key_value_heads=1, dtype=FLOAT32, **options))
+    wanted = reference_attention(q, k, v, mask, 2, causal=causal, window=window)
+    np.testing.assert_allclose(call(q, k, v, Rows(mask)), wanted, atol=2e-6)
+
+
+@pytest.mark.parametrize(("causal", "window"), [(False, 8), (True, 16)])
+def test_blocks_look_at_fewer_keys(causal: bool, window: int) -> None:
+    """And are used where that is so: no scores of the whole row's size are computed."""
+    q = normal(1, 512, 8)
+    mask = np.ones((1, 512), bool)
+
+    def scores(window: int) -> list[str]:
+        call = jax.jit(partial(attention, num_heads=2, dtype=FLOAT32, causal=causal, window=window))
+        return re.findall(r"tensor<(?:[0-9]+x)+512x512xf32>", call.lower(q, q, q, Rows(mask)).as_text())
+
+    assert not scores(window)
+    assert scores(400)
+
+
+def test_gradients_in_blocks() -> None:
+    """They are those of the whole."""
+    q, k, v = (jnp.asarray(normal(1, 256, 8, seed=seed)) for seed in range(3))
+    rows = Rows(jnp.arange(256)[None] < 200)
+
+    def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return (attention(q, k, v, rows, num_heads=2, dtype=FLOAT32, window=20) * v).sum()
+
+    got = jax.jit(jax.grad(total, (0, 1, 2)))(q, k, v)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_module, "BLOCKS_WORTH", 0.0)
+        wanted = jax.jit(jax.grad(lambda *x: total(*x), (0, 1, 2)))(q, k, v)
+    for ours, theirs in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """As if there were a GPU: calls for cuDNN's attention are listed, and answered by XLA's."""
@@ -117,21 +185,26 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             return true(*arrays, implementation="xla", **options)
 
-    monkeypatch.setattr(attention_module, "has_fused_attention", lambda: True)
+    monkeypatch.setattr(attention_module, "fused_width", lambda: 128)
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
     return asked
 
 
-def test_fused_attention(asked: list[Any]) -> None:
+@pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (True, 5)])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_fused_attention(asked: list[Any], kv_heads: int, causal: bool, window: int | None) -> None:
     """What cuDNN is given means the same: scale, heads, and lengths in place of the mask; no NaN for a row of none."""
-    q, k, v = normal(4, 64, 16), normal(4, 64, 16, seed=1), normal(4, 64, 16, seed=2)
+    q, k, v = normal(4, 64, 16), normal(4, 64, 8 * kv_heads, seed=1), normal(4, 64, 8 * kv_heads, seed=2)
     mask = np.arange(64) < np.array([[64], [1], [40], [0]])
-    got = fused_attention(*map(jnp.asarray, (q, k, v, mask)), num_heads=2, scale=8**-0.5)
+    kind: dict[str, Any] = {"causal": causal, "window": window}
+    got = fused_attention(*map(jnp.asarray, (q, k, v, mask)), heads=(2, kv_heads), scale=8**-0.5, **kind)
     assert asked == [("cudnn", BFLOAT16)]
     assert got.dtype == jnp.float32
     assert np.isfinite(got).all()
-    expected = reference_attention(q[:3], k[:3], v[:3], mask[:3], 2)
-    np.testing.assert_allclose(got[:3], expected, atol=0.03)
+    expected = reference_attention(q[:3], k[:3], v[:3], mask[:3], 2, **kind)
+    # Of a causal row only its own tokens count: what is behind them sees the padding.
+    own = mask[:3] if causal else np.ones((3, 64), bool)
+    np.testing.assert_allclose(np.asarray(got)[:3][own], expected[own], atol=0.03)
 
 
 @pytest.mark.parametrize(
@@ -139,11 +212,14 @@ def test_fused_attention(asked: list[Any]) -> None:
     [
         (True, {}),
         (False, {"dtype": FLOAT32}),
-        (False, {"causal": True}),
-        (False, {"window": 8}),
+        (True, {"causal": True}),
+        (True, {"causal": True, "window": 8}),
+        (True, {"window": FUSED_LENGTH - 1}),
+        (False, {"window": FUSED_LENGTH - 2}),
         (False, {"bias": jnp.zeros((1, 2, FUSED_LENGTH, FUSED_LENGTH))}),
-        (False, {"num_heads": 4, "num_key_value_heads": 2}),
+        (True, {"num_key_value_heads": 1}),
         (False, {"num_heads": 4}),
+        (False, {"num_heads": 1, "width": 136}),
         (False, {"length": FUSED_LENGTH - 1}),
         (False, {"right": False}),
     ],
@@ -151,10 +227,11 @@ def test_fused_attention(asked: list[Any]) -> None:
 def test_when_attention_is_fused(asked: list[Any], wanted: bool, options: dict[str, Any]) -> None:
     """Where the kernel takes it and it pays; not with a mask that may have holes. And only on a GPU: here it is not."""
     length, right = options.pop("length", FUSED_LENGTH), options.pop("right", True)
+    width = options.pop("width", 16)
     options = {"num_heads": 2, "dtype": BFLOAT16} | options
     heads, kv_heads = options["num_heads"], options.get("num_key_value_heads", options["num_heads"])
-    q = normal(2, length, 16)
-    k, v = (normal(2, length, 16 * kv_heads // heads, seed=seed) for seed in (1, 2))
+    q = normal(2, length, width)
+    k, v = (normal(2, length, width * kv_heads // heads, seed=seed) for seed in (1, 2))
     mask = np.arange(length) < np.array([[length], [3]])
     call = jax.jit(partial(attention, **options))
     plain = call(q, k, v, Rows(mask))
@@ -167,4 +244,16 @@ def test_when_attention_is_fused(asked: list[Any], wanted: bool, options: dict[s
 
 def test_there_is_no_fused_attention_without_a_gpu() -> None:
     """As here."""
-    assert not attention_module.has_fused_attention()
+    assert attention_module.fused_width() == 0
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "width"), [(["9.0"], 256), (["8.9"], 128), (["10.3", "8.0"], 128), (["7.5", "9.0"], 0)]
+)
+def test_the_width_of_heads_is_what_all_gpus_take(
+    monkeypatch: pytest.MonkeyPatch, capabilities: list[str], width: int
+) -> None:
+    """The oldest of them decides."""
+    gpus = [SimpleNamespace(compute_capability=capability) for capability in capabilities]
+    monkeypatch.setattr(jax, "devices", lambda platform: gpus)
+    assert attention_module.fused_width.__wrapped__() == width

@@ -19,6 +19,7 @@ from jaxembed.models.mistral import Config
         {"sliding_window": 1},
         {"sliding_window": 2},
         {"sliding_window": 7, "num_hidden_layers": 3},
+        {"sliding_window": 7, "max_position_embeddings": 200},
         {"sliding_window": 31},
         {"sliding_window": 32},
         {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10, "sliding_window": 5},

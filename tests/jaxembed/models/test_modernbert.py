@@ -42,6 +42,7 @@ def rope(**kinds: Mapping[str, Any]) -> dict[str, Any]:
         {"global_attn_every_n_layers": 7, "local_attention": 1, "num_hidden_layers": 3},
         {"layer_types": [SLIDING, SLIDING, FULL], "num_hidden_layers": 3},
         {"sliding_window": 3},
+        {"max_position_embeddings": 200, "num_attention_heads": 4},
         {"global_rope_theta": 500.0, "local_rope_theta": 50.0},
         rope(
             full={"rope_type": "linear", "factor": 4.0, "rope_theta": 900.0},
