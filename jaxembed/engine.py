@@ -7,6 +7,7 @@ call passes a flat tuple. A shape that was not compiled ahead is an error, never
 import json
 import threading
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,7 @@ from jaxembed.buckets import Ladder, empty
 from jaxembed.errors import BucketError
 from jaxembed.executables import facts, has, load_or_compile
 from jaxembed.loading import Model
+from jaxembed.locks import SharedLock
 from jaxembed.sharding import DATA, batch_sharding
 from jaxembed.tokens import Rows, Tokens
 from jaxembed.types import Batch, Bucket, Column, Output, input_ids, told
@@ -37,6 +39,11 @@ OTHER_BATCH_TOKENS = 16_384
 """On others; measured on a GPU, a guess for TPU."""
 OTHER_DISPATCH_TOKENS = 4096
 """What one more dispatch costs there, in tokens of computation a device (`Ladder.dispatch_tokens`); likewise."""
+
+GPU_RUNS = SharedLock()
+"""Held by each run on this process's GPUs: shared, but alone by the first one of an executable. In it cuDNN tries its
+attention while it records the stream on which all executables run: what another thread starts there meanwhile fails, or
+is recorded and not run (docs/numerics.md)."""
 
 LADDERS = "ladders"
 """What they are called in the cache."""
@@ -112,6 +119,10 @@ class Engine:
         # Devices that wait for one another must all get their batches in the same order; and on CPU, where they share
         # their threads, one batch at a time.
         self._order: AbstractContextManager[object] = threading.Lock() if several else nullcontext()
+        self._shared: Callable[[], AbstractContextManager[object]] = nullcontext
+        self._alone: Callable[[], AbstractContextManager[object]] = nullcontext
+        if self.platform == "gpu":
+            self._shared, self._alone = GPU_RUNS.shared, GPU_RUNS.alone
 
     @property
     def dimension(self) -> int:
@@ -205,7 +216,8 @@ class Engine:
                     cache.current(), self.model, self.output, bucket, lambda: self._compile(bucket)
                 )
                 # The first run of an executable allocates and is slow: it happens here, not on a request.
-                jax.block_until_ready(executable(self.model.leaves, empty(bucket).table))
+                with self._alone():
+                    jax.block_until_ready(executable(self.model.leaves, empty(bucket).table))
                 with self._lock:
                     self._executables[bucket] = executable
                     for ladder, held in self._held.items():
@@ -226,11 +238,14 @@ class Engine:
         executable = self._executables.get(batch.bucket)
         if executable is None:
             raise self._unknown(batch.bucket)
-        with self._order:
-            result: jax.Array = executable(self.model.leaves, batch.table)
-            if self.side_by_side == 1:
-                result.block_until_ready()
-        return np.asarray(result)[: batch.rows]
+        with self._shared():
+            with self._order:
+                result: jax.Array = executable(self.model.leaves, batch.table)
+                if self.side_by_side == 1:
+                    result.block_until_ready()
+            # Until it is there: it may be started only after the call has returned.
+            rows = np.asarray(result)
+        return rows[: batch.rows]
 
     def _unknown(self, bucket: Bucket) -> BucketError:
         if self._allowed(bucket):

@@ -2,8 +2,10 @@
 
 import dataclasses
 import logging
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 
 import jax
@@ -17,6 +19,7 @@ from jaxembed.buckets import DISPATCH_TOKENS, Row, pack
 from jaxembed.engine import MAX_BATCH_TOKENS, OTHER_DISPATCH_TOKENS, Engine, compiler_options, full
 from jaxembed.errors import BucketError
 from jaxembed.loading import Model, load
+from jaxembed.locks import SharedLock
 from jaxembed.tokens import Tokens
 from jaxembed.types import Column, Encoding
 
@@ -281,3 +284,27 @@ def test_a_dispatch_costs_more_elsewhere(tiny_folder: Path, monkeypatch: pytest.
     monkeypatch.setattr(engine, "platform", "gpu")
     engine.allow(other)
     assert other.dispatch_tokens == 2 * OTHER_DISPATCH_TOKENS
+
+
+def test_on_a_gpu_the_first_run_of_an_executable_is_alone(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for runs under way, and others wait for it; what is compiled before it waits for nobody."""
+    lock = SharedLock()
+    engine = Engine(model, Ladder([BUCKET, Bucket(1, 8)]))
+    engine.compile(BUCKET)
+    batch = pack(BUCKET, [row(3)])
+    expected = engine.run(batch)
+    monkeypatch.setattr(engine, "_shared", lock.shared)
+    monkeypatch.setattr(engine, "_alone", lock.alone)
+    with ThreadPoolExecutor(2) as pool:
+        with lock.shared():
+            first = pool.submit(engine.compile, Bucket(1, 8))
+            while not lock._waiting:
+                time.sleep(0.01)
+            with pytest.raises(FutureTimeoutError):
+                first.result(0.2)
+        assert first.result(60).bucket == Bucket(1, 8)
+        with lock.alone():
+            run = pool.submit(engine.run, batch)
+            with pytest.raises(FutureTimeoutError):
+                run.result(0.2)
+        np.testing.assert_array_equal(run.result(60), expected)
