@@ -49,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.accelerator:
         sets = {name: one.times(COPIES) for name, one in sets.items()}
     engines = ON_ACCELERATOR if options.accelerator else ON_CPU
-    names = [name for name in engines if not options.engines or any(part in name for part in options.engines)]
+    parts = [part for part in options.engines if part not in engines]
+    names = [name for name in engines if name in options.engines or any(part in name for part in parts)]
+    names = names if options.engines else list(engines)
     if options.quick and not options.engines:
         # One of ours and the peers: a smoke test has two minutes.
         names = [name for name in names if name not in OURS[1:]]
@@ -68,7 +70,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.engine", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=DEFAULT_MODEL, help="folder or hub id (default: %(default)s)")
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS, help="texts (default: all)")
-    parser.add_argument("--engines", nargs="+", default=[], help="parts of the names of those to run (default: all)")
+    parser.add_argument("--engines", nargs="+", default=[], help="names, or parts of them, to run (default: all)")
     parser.add_argument("--repeats", type=int, default=5, help="rounds through all engines (default: %(default)s)")
     parser.add_argument("--accelerator", action="store_true", help=f"the engines for one, on texts {COPIES} times over")
     parser.add_argument("--quick", action="store_true", help="few texts, two repeats, one of our engines: a smoke test")
