@@ -3,19 +3,22 @@
 Chosen while a function is traced: by platform, dtype, length and kind. Letters in shapes are those of `layers`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache, partial
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from jaxembed.layers import FLOAT32, matmul
+from jaxembed.row_attention import row_attention, row_attention_takes, row_attention_works
 from jaxembed.tokens import Rows
 
-__all__ = ["FUSED_LENGTH", "attention", "right_padded", "split_heads"]
+__all__ = ["FUSED_LENGTH", "Kernels", "attention", "right_padded", "split_heads"]
 
 MASKED = -1e30
 """Score of a key that must not be seen. Finite: a row without any key gives a mean, not NaN."""
@@ -29,7 +32,7 @@ LEAST_BLOCK = 64
 BLOCKS_WORTH = 0.75
 """Which share of all keys blocks may look at, to be used."""
 
-RIGHT_PADDED: ContextVar[bool] = ContextVar("RIGHT_PADDED", default=False)
+RIGHT_PADDED: ContextVar["Kernels | None"] = ContextVar("RIGHT_PADDED", default=None)
 
 
 def attention(
@@ -48,9 +51,10 @@ def attention(
 ) -> Float[Array, "L M ND"]:
     """Scaled dot-product attention, softmax(Q K^T * scale + bias) V (https://arxiv.org/abs/1706.03762).
 
-    On a GPU in bfloat16, for rows of `FUSED_LENGTH` tokens and more, by cuDNN's fused kernel, which never writes the
-    scores: without bias, without a window to both sides, and under `right_padded`. Otherwise by products that XLA
-    compiles; where there is a window that is short beside the row, of blocks of queries with the keys around them.
+    Without bias and under `right_padded`, by a kernel that never writes the scores, if there is one that takes it: on a
+    GPU cuDNN's, in bfloat16, for rows of `FUSED_LENGTH` tokens and more, without a window to both sides; on TPU
+    `row_attention`. Otherwise by products that XLA compiles; where there is a window that is short beside the row, of
+    blocks of queries with the keys around them.
 
     Args:
         query, key, value: heads side by side in the last axis, float32.
@@ -79,39 +83,78 @@ def attention(
         plain = partial(attention_in_blocks, plain, causal=causal, window=window)
     else:
         plain = partial(plain, bias=bias, near=places(length, causal, window), blind=window is not None)
-    fusible = bias is None and (window is None or causal) and RIGHT_PADDED.get()
-    takes = dtype == jnp.bfloat16 and width % 8 == 0 and length >= FUSED_LENGTH
-    if not (fusible and takes and width <= fused_width()):
+    by_platform: dict[str, Callable[..., jax.Array]] = {}
+    kernels = RIGHT_PADDED.get()
+    if kernels is not None and bias is None:
+        kind: dict[str, Any] = {"heads": heads, "scale": scale, "causal": causal, "window": window}
+        if fused_attention_takes(length, width, dtype, causal, window) and width <= kernels.fused:
+            by_platform["cuda"] = partial(fused_attention, **kind)
+        if kernels.rows and row_attention_takes(length, heads, width, dtype, kernels.mesh):
+            by_platform["tpu"] = partial(row_attention, dtype=dtype, mesh=kernels.mesh, **kind)
+    if not by_platform:
         return rows.together(plain(query, key, value, rows.mask))
-    fused = partial(fused_attention, heads=heads, scale=scale, causal=causal, window=window)
-    mixed: jax.Array = jax.lax.platform_dependent(query, key, value, rows.mask, cuda=fused, default=plain)
+    mixed: jax.Array = jax.lax.platform_dependent(query, key, value, rows.mask, default=plain, **by_platform)
     return rows.together(mixed)
 
 
+class Kernels(NamedTuple):
+    """What can compute attention on the devices of a mesh, beside XLA.
+
+    Attributes:
+        mesh: the devices.
+        fused: features of the widest head that cuDNN's fused attention takes there; 0 if it takes none.
+        rows: whether `row_attention` works there.
+    """
+
+    mesh: Mesh
+    fused: int
+    rows: bool
+
+    @classmethod
+    def on(cls, mesh: Mesh, dtype: str) -> "Kernels":
+        """Find out. Not while anything is traced: on TPU it is tried.
+
+        Args:
+            mesh: the devices.
+            dtype: of the products' operands.
+        """
+        devices = list(mesh.devices.flat)
+        platform = devices[0].platform
+        return cls(
+            mesh,
+            fused=fused_width([device.compute_capability for device in devices]) if platform == "gpu" else 0,
+            rows=platform == "tpu" and row_attention_works(devices[0], dtype),
+        )
+
+
 @contextmanager
-def right_padded() -> Iterator[None]:
+def right_padded(kernels: Kernels) -> Iterator[None]:
     """While a function is traced in here, each mask holds the first tokens of its rows, as it does for every Batch.
 
-    A kernel that is told how many keys there are, and not which, may then be used.
+    Kernels that are told how many keys there are, and not which, may then be used.
     """
-    before = RIGHT_PADDED.set(True)
+    before = RIGHT_PADDED.set(kernels)
     try:
         yield
     finally:
         RIGHT_PADDED.reset(before)
 
 
-@lru_cache(maxsize=1)
-def fused_width() -> int:
-    """Features of the widest head that cuDNN's fused attention takes on the GPUs of this process; 0 if none."""
-    try:
-        devices = jax.devices("cuda")
-    except RuntimeError:
+def fused_width(capabilities: Sequence[str]) -> int:
+    """Features of the widest head that cuDNN's fused attention takes; 0 if it takes none.
+
+    Args:
+        capabilities: of each GPU, such as "9.0".
+    """
+    least = min(map(float, capabilities))
+    if least < 8.0:
         return 0
-    capability = min(float(device.compute_capability) for device in devices)
-    if capability < 8.0:
-        return 0
-    return 128 if capability < 9.0 else 256
+    return 128 if least < 9.0 else 256
+
+
+def fused_attention_takes(length: int, width: int, dtype: jnp.dtype, causal: bool, window: int | None) -> bool:
+    """Whether cuDNN has a kernel for this kind of attention, and rows are long enough for it to be the faster one."""
+    return dtype == jnp.bfloat16 and width % 8 == 0 and length >= FUSED_LENGTH and (window is None or causal)
 
 
 def fused_attention(

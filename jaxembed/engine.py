@@ -21,7 +21,7 @@ import numpy.typing as npt
 from jaxtyping import Array, Float, Int
 
 from jaxembed import cache
-from jaxembed.attention import FUSED_LENGTH, right_padded
+from jaxembed.attention import FUSED_LENGTH, Kernels, right_padded
 from jaxembed.buckets import Ladder, empty
 from jaxembed.errors import BucketError
 from jaxembed.executables import facts, has, load_or_compile
@@ -264,7 +264,7 @@ class Engine:
         table = empty(bucket).table
         spec = jax.ShapeDtypeStruct(table.shape, table.dtype, sharding=batch_sharding(mesh, table.ndim))
         leaves = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in self.model.leaves)
-        function = partial(forward, self.model, self.output, bucket)
+        function = partial(forward, self.model, self.output, bucket, Kernels.on(mesh, self.model.dtype))
         ndim = 3 if self.output is Output.TOKENS else 2
         return jax.jit(function, out_shardings=batch_sharding(mesh, ndim)).lower(leaves, spec)
 
@@ -284,6 +284,7 @@ def forward(
     model: Model,
     output: Output,
     bucket: Bucket,
+    kernels: Kernels,
     leaves: tuple[jax.Array, ...],
     table: Int[Array, "_ _"],
 ) -> Float[Array, "B *shape"]:
@@ -302,7 +303,7 @@ def forward(
         rows=rows,
     )
     normalize = row[Column.NORMALIZE] > 0
-    with right_padded():
+    with right_padded(kernels):
         return model.compute(output, leaves, tokens, row[Column.PROMPT_LENGTH], row[Column.DIMENSIONS], normalize)
 
 

@@ -4,7 +4,6 @@ import itertools
 import re
 from contextlib import nullcontext
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -13,7 +12,8 @@ import numpy as np
 import pytest
 
 from jaxembed import attention as attention_module
-from jaxembed.attention import FUSED_LENGTH, attention, fused_attention, right_padded
+from jaxembed import make_mesh
+from jaxembed.attention import FUSED_LENGTH, Kernels, attention, fused_attention, fused_width, right_padded
 from jaxembed.tokens import Rows
 
 FLOAT32 = jnp.dtype("float32")
@@ -185,7 +185,6 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             return true(*arrays, implementation="xla", **options)
 
-    monkeypatch.setattr(attention_module, "fused_width", lambda: 128)
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
     return asked
 
@@ -235,25 +234,16 @@ def test_when_attention_is_fused(asked: list[Any], wanted: bool, options: dict[s
     mask = np.arange(length) < np.array([[length], [3]])
     call = jax.jit(partial(attention, **options))
     plain = call(q, k, v, Rows(mask))
-    with right_padded() if right else nullcontext():
+    with right_padded(Kernels(make_mesh(jax.devices()[:1]), fused=128, rows=False)) if right else nullcontext():
         # Traced anew: a new function.
         got = jax.jit(partial(attention, **options))(q, k, v, Rows(mask))
     assert bool(asked) == wanted
     np.testing.assert_array_equal(got, plain)
 
 
-def test_there_is_no_fused_attention_without_a_gpu() -> None:
-    """As here."""
-    assert attention_module.fused_width() == 0
-
-
 @pytest.mark.parametrize(
     ("capabilities", "width"), [(["9.0"], 256), (["8.9"], 128), (["10.3", "8.0"], 128), (["7.5", "9.0"], 0)]
 )
-def test_the_width_of_heads_is_what_all_gpus_take(
-    monkeypatch: pytest.MonkeyPatch, capabilities: list[str], width: int
-) -> None:
+def test_the_width_of_heads_is_what_all_gpus_take(capabilities: list[str], width: int) -> None:
     """The oldest of them decides."""
-    gpus = [SimpleNamespace(compute_capability=capability) for capability in capabilities]
-    monkeypatch.setattr(jax, "devices", lambda platform: gpus)
-    assert attention_module.fused_width.__wrapped__() == width
+    assert fused_width(capabilities) == width
