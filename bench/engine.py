@@ -8,6 +8,7 @@
 """
 
 import argparse
+import math
 import sys
 import tempfile
 import time
@@ -42,6 +43,7 @@ Times = dict[str, dict[str, list[float]]]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark as a program."""
+    begun = time.monotonic()
     options = arguments(argv)
     sets = {name: one for name, one in text_sets().items() if name in {*options.sets, SINGLE}}
     if options.quick:
@@ -58,9 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
         workers, absent = prepare(names, options.model, sets, Path(folder), stack, peers=not options.no_peers)
         cosines = agreement(workers, sets)
-        times = measure(
-            workers, options.sets, 20 if options.quick else SINGLES, 2 if options.quick else options.repeats
-        )
+        singles, repeats = (20, 2) if options.quick else (SINGLES, options.repeats)
+        times = measure(workers, options.sets, singles, repeats, begun + options.limit)
         publish(report([sets[name] for name in options.sets], workers, absent, cosines, times), options.out)
     return 0
 
@@ -72,6 +73,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS, help="texts (default: all)")
     parser.add_argument("--engines", nargs="+", default=[], help="names, or parts of them, to run (default: all)")
     parser.add_argument("--repeats", type=int, default=5, help="rounds through all engines (default: %(default)s)")
+    parser.add_argument(
+        "--limit", type=float, default=math.inf, help="seconds after which no repeat begins, as on a lent machine"
+    )
     parser.add_argument("--accelerator", action="store_true", help=f"the engines for one, on texts {COPIES} times over")
     parser.add_argument("--quick", action="store_true", help="few texts, two repeats, one of our engines: a smoke test")
     parser.add_argument("--no-peers", action="store_true", help="only what the project's own environment has")
@@ -112,11 +116,13 @@ def agreement(workers: Mapping[str, Worker], sets: Mapping[str, TextSet]) -> dic
     }
 
 
-def measure(workers: Mapping[str, Worker], sets: Sequence[str], singles: int, repeats: int) -> Times:
-    """Time every engine on every set and on single queries, in turns."""
+def measure(workers: Mapping[str, Worker], sets: Sequence[str], singles: int, repeats: int, until: float) -> Times:
+    """Time every engine on every set and on single queries, in turns; no repeat but the first begins after `until`."""
     times: Times = {name: {what: [] for what in (*sets, "one")} for name in workers}
     order = list(workers)
-    for _ in range(repeats):
+    for done in range(repeats):
+        if done and time.monotonic() > until:
+            break
         for what in (*sets, "one"):
             for name in order:
                 time.sleep(REST)

@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from jaxembed.layers import FLOAT32, matmul
-from jaxembed.row_attention import row_attention, row_attention_takes, row_attention_works
 from jaxembed.tokens import Rows
 
 __all__ = ["FUSED_LENGTH", "Kernels", "attention", "right_padded", "split_heads"]
@@ -89,8 +88,11 @@ def attention(
         kind: dict[str, Any] = {"heads": heads, "scale": scale, "causal": causal, "window": window}
         if fused_attention_takes(length, width, dtype, causal, window) and width <= kernels.fused:
             by_platform["cuda"] = partial(fused_attention, **kind)
-        if kernels.rows and row_attention_takes(length, heads, width, dtype, kernels.mesh):
-            by_platform["tpu"] = partial(row_attention, dtype=dtype, mesh=kernels.mesh, **kind)
+        if kernels.rows:
+            from jaxembed.row_attention import row_attention, row_attention_takes
+
+            if row_attention_takes(length, heads, width, dtype, kernels.mesh):
+                by_platform["tpu"] = partial(row_attention, dtype=dtype, mesh=kernels.mesh, **kind)
     if not by_platform:
         return rows.together(plain(query, key, value, rows.mask))
     mixed: jax.Array = jax.lax.platform_dependent(query, key, value, rows.mask, default=plain, **by_platform)
@@ -119,12 +121,15 @@ class Kernels(NamedTuple):
             dtype: of the products' operands.
         """
         devices = list(mesh.devices.flat)
-        platform = devices[0].platform
-        return cls(
-            mesh,
-            fused=fused_width([device.compute_capability for device in devices]) if platform == "gpu" else 0,
-            rows=platform == "tpu" and row_attention_works(devices[0], dtype),
-        )
+        platform, fused, rows = devices[0].platform, 0, False
+        if platform == "gpu":
+            fused = fused_width([device.compute_capability for device in devices])
+        if platform == "tpu":
+            # Only there: Pallas takes half a second and 22 MB.
+            from jaxembed.row_attention import row_attention_works
+
+            rows = row_attention_works(devices[0], dtype)
+        return cls(mesh, fused, rows)
 
 
 @contextmanager

@@ -40,6 +40,9 @@ OTHER_BATCH_TOKENS = 16_384
 OTHER_DISPATCH_TOKENS = 4096
 """What one more dispatch costs there, in tokens of computation a device (`Ladder.dispatch_tokens`); likewise."""
 
+LENGTH_MULTIPLE = {"tpu": 16}
+"""By platform: lengths that are chosen are multiples of so many tokens, of which a tile in bfloat16 holds so many."""
+
 GPU_RUNS = SharedLock()
 """Held by each run on this process's GPUs: shared, but alone by the first one of an executable. In it cuDNN tries its
 attention while it records the stream on which all executables run: what another thread starts there meanwhile fails, or
@@ -77,6 +80,7 @@ class Engine:
         side_by_side: batches that run at a time, each called from a thread of its own. On CPU one computes while the
             other's threads wait for each other (docs/performance.md); elsewhere one waits on the device while the other
             runs. Where several devices share a CPU, one at a time, whoever calls.
+        length_multiple: lengths of shapes that are chosen had better be multiples of it.
         flat: shapes of several rows had better be flat (`types.Bucket`), as on CPU, where that was measured
             (docs/performance.md).
         shares_cores: batches that run at a time take the cores from one another, and from whatever is started beside
@@ -98,6 +102,7 @@ class Engine:
         if max_batch_tokens is None:
             max_batch_tokens = MAX_BATCH_TOKENS.get(self.platform, OTHER_BATCH_TOKENS)
         self.batch_multiple = devices
+        self.length_multiple = LENGTH_MULTIPLE.get(self.platform, 1)
         self.max_batch_tokens = max_batch_tokens * devices
         # A ladder holds its executables, and nothing else does: with the last who plans by it, they go. Changed only
         # with the lock held.

@@ -60,6 +60,7 @@ class Refinable(Protocol):
     ladder: Ladder
     max_batch_tokens: int
     batch_multiple: int
+    length_multiple: int
     flat: bool
 
     def time(self, bucket: Bucket) -> float:
@@ -121,7 +122,7 @@ def candidates(engine: Refinable, counts: npt.NDArray[np.int64], cost: Cost) -> 
     if engine.flat:
         wanted = flat_ladder(counts, cost, engine.max_batch_tokens)
     else:
-        wanted = Ladder.of_lengths(choose_lengths(counts, cost.of_row), **sizes)
+        wanted = Ladder.of_lengths(choose_lengths(counts, cost.of_row, multiple=engine.length_multiple), **sizes)
     return {*wanted.buckets, *engine.ladder.buckets, *default.buckets}
 
 

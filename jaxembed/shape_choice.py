@@ -84,7 +84,7 @@ class Planned(NamedTuple):
 
 
 def choose_lengths(
-    counts: Counts, cost: Callable[[int], float], *, fixed: float = 0.0, worth: float = WORTH
+    counts: Counts, cost: Callable[[int], float], *, fixed: float = 0.0, worth: float = WORTH, multiple: int = 1
 ) -> tuple[int, ...]:
     """The lengths l_1 < ... < l_k that cost least, where an input runs at the shortest of them that takes it.
 
@@ -96,12 +96,11 @@ def choose_lengths(
         cost: of one row of a length; rises with it.
         fixed: what all inputs cost beside that, whatever the lengths.
         worth: a further length must save this share of the whole cost.
+        multiple: of which the others are multiples.
     """
     longest = len(counts) - 1
-    candidates = [
-        n for n in (*range(4, 32, 2), *range(32, 64, 4), *range(64, 256, 8), *range(256, longest, 16)) if n < longest
-    ]
-    candidates.append(longest)
+    steps = (*range(4, 32, 2), *range(32, 64, 4), *range(64, 256, 8), *range(256, longest, 16))
+    candidates = [*(n for n in steps if n < longest and n % multiple == 0), longest]
     upto = np.cumsum(counts)[candidates]
     costs = np.array([cost(n) for n in candidates])
     price = worth * (fixed + float(np.dot(np.diff(upto, prepend=0), costs)))

@@ -65,7 +65,7 @@ def test_importing_brings_neither_torch_nor_transformers() -> None:
     code = """
 import sys, jaxembed.embedder
 heavy = {"torch", "transformers", "sentence_transformers", "huggingface_hub", "tokenizers", "jaxembed_server", "quart",
-         "scipy.optimize", "scipy.sparse"}
+         "scipy.optimize", "scipy.sparse", "jax.experimental.pallas"}
 print(sorted(heavy & set(sys.modules)))
 from jax._src import xla_bridge
 print(xla_bridge.backends_are_initialized())

@@ -49,15 +49,17 @@ def test_a_real_engine_changes_its_ladder(tiny_folder: str) -> None:
     assert embedder.refine(texts) is new
 
 
-def test_several_devices_refine_padded_shapes(tiny_folder: str) -> None:
-    """Rows in one line do not divide over devices."""
+@pytest.mark.parametrize(("multiple", "lengths"), [(1, {6, 10, 16, 32}), (4, {8, 12, 16, 32}), (16, {16, 32})])
+def test_several_devices_refine_padded_shapes(tiny_folder: str, multiple: int, lengths: set[int]) -> None:
+    """Rows in one line do not divide over devices; and lengths are those that the devices are good at."""
     embedder = Embedder.from_pretrained(tiny_folder, mesh=make_mesh(jax.devices()[:2]), max_batch_tokens=64)
     texts = ["a b c"] * 50 + ["a b c d e f g h"] * 30
     before = embedder.encode(texts)
     embedder.engine.time = COST.of
+    embedder.engine.length_multiple = multiple
     new = embedder.refine(texts)
     assert not any(bucket.flat or bucket.batch_size % 2 for bucket in new.buckets)
-    assert {bucket.seq_len for bucket in new.buckets} == {6, 10, 16, 32}
+    assert {bucket.seq_len for bucket in new.buckets} == lengths
     np.testing.assert_allclose(embedder.encode(texts), before, atol=1e-6)
 
 

@@ -15,7 +15,6 @@ import pytest
 from jax.experimental.pallas import tpu
 from jax.sharding import Mesh
 
-from jaxembed import attention as attention_module
 from jaxembed import make_mesh
 from jaxembed import row_attention as kernel
 from jaxembed.attention import Kernels, attention, right_padded
@@ -108,7 +107,7 @@ def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
             traced = call.trace(q, q, q, rows)
         return "1.234500e+04" in traced.lower(lowering_platforms=(platform,)).as_text()
 
-    monkeypatch.setattr(attention_module, "row_attention", marked)
+    monkeypatch.setattr(kernel, "row_attention", marked)
     assert used("tpu")
     assert not used("tpu", works=False)
     assert used("tpu", causal=True, window=3)
@@ -155,7 +154,7 @@ def test_kernels_of_a_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
         return Kernels.on(Mock(Mesh, devices=np.array([[device]], object)), "float32")[1:]
 
     tried = []
-    monkeypatch.setattr(attention_module, "row_attention_works", lambda *asked: bool(tried.append(asked)) or True)
+    monkeypatch.setattr(kernel, "row_attention_works", lambda *asked: bool(tried.append(asked)) or True)
     assert Kernels.on(make_mesh(jax.devices()[:1]), "float32")[1:] == (0, False)
     assert found(SimpleNamespace(platform="gpu", compute_capability="9.0")) == (256, False)
     assert not tried

@@ -59,6 +59,8 @@ def test_the_greatest_length_is_always_there() -> None:
     assert choose_lengths(counts, COST.of_row)[-1] == 300
     counts[10] = 1000
     assert choose_lengths(counts, COST.of_row) == (10, 300)
+    # And where the others are multiples, it need be none.
+    assert choose_lengths(counts, COST.of_row, multiple=16) == (16, 300)
 
 
 def test_flat_shapes_have_room_for_rows_of_the_mean_length() -> None:

@@ -22,7 +22,7 @@ class Engine(FakeEngine):
 
     def __init__(self) -> None:
         super().__init__(Ladder([Bucket(1, 16), Bucket(4, 16)]))
-        self.max_batch_tokens, self.batch_multiple, self.flat = 64, 1, False
+        self.max_batch_tokens, self.batch_multiple, self.length_multiple, self.flat = 64, 1, 1, False
         self.made: list[Bucket] = []
         self.broken = False
         self.chosen: Ladder | None = None
