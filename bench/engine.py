@@ -52,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sets = {name: one.times(COPIES) for name, one in sets.items()}
     engines = ON_ACCELERATOR if options.accelerator else ON_CPU
     parts = [part for part in options.engines if part not in engines]
-    names = [name for name in engines if name in options.engines or any(part in name for part in parts)]
-    names = names if options.engines else list(engines)
+    wanted = [name for name in engines if name in options.engines or any(part in name for part in parts)]
+    names = wanted if options.engines else list(engines)
     if options.quick and not options.engines:
         # One of ours and the peers: a smoke test has two minutes.
         names = [name for name in names if name not in OURS[1:]]

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,11 +18,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from bench.report import header, publish, table
 from jaxembed.attention import Kernels
-from jaxembed.buckets import Ladder, empty
+from jaxembed.buckets import Ladder
 from jaxembed.checkpoint import DEFAULT_MODEL
-from jaxembed.engine import OTHER_BATCH_TOKENS, forward
+from jaxembed.engine import OTHER_BATCH_TOKENS, lower
 from jaxembed.loading import DTYPES, Model, load
-from jaxembed.sharding import batch_sharding, make_mesh
+from jaxembed.sharding import make_mesh
 from jaxembed.types import Bucket, Output
 
 CHIPS = {"v5e": (819e9, 197e12), "v6e": (1640e9, 918e12)}
@@ -51,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = load(options.model, dtype=options.dtype, mesh=make_mesh(jax.devices()[:1]))
     devices = topologies.get_topology_desc(options.topology, platform="tpu").devices
     mesh = make_mesh(devices[: options.chips])
+    whole = NamedSharding(mesh, PartitionSpec())
+    leaves = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole) for leaf in model.leaves)
+    model = replace(model, mesh=mesh, leaves=leaves)
     bandwidth, rate = chip = CHIPS[options.topology.split(":")[0]]
     rows = []
     for bucket in fullest(model.max_length, options.chips):
@@ -82,16 +85,10 @@ def fullest(max_length: int, chips: int) -> list[Bucket]:
 
 def compiled(model: Model, bucket: Bucket, kernels: Kernels, chip: tuple[float, float]) -> list[str]:
     """The columns of one executable."""
-    mesh = kernels.mesh
-    empty_table = empty(bucket).table
-    batch = jax.ShapeDtypeStruct(empty_table.shape, empty_table.dtype, sharding=batch_sharding(mesh, 2))
-    whole = NamedSharding(mesh, PartitionSpec())
-    leaves = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole) for leaf in model.leaves)
-    function = partial(forward, model, Output.DENSE, bucket, kernels)
     start = time.perf_counter()
     # Pallas asks what it compiles for, which is not the device that there is.
-    with jax.set_mesh(mesh):
-        executable = jax.jit(function, out_shardings=batch_sharding(mesh, 2)).lower(leaves, batch).compile()
+    with jax.set_mesh(model.mesh):
+        executable = lower(model, Output.DENSE, bucket, kernels).compile()
     seconds = time.perf_counter() - start
     counted = executable.cost_analysis()
     moved, operations = counted["bytes accessed"], counted["flops"]

@@ -14,13 +14,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from jaxembed.layers import FLOAT32, matmul
+from jaxembed.layers import FLOAT32, MASKED, matmul
 from jaxembed.tokens import Rows
 
 __all__ = ["FUSED_LENGTH", "Kernels", "attention", "right_padded", "split_heads"]
-
-MASKED = -1e30
-"""Score of a key that must not be seen. Finite: a row without any key gives a mean, not NaN."""
 
 FUSED_LENGTH = 64
 """Tokens from which the fused kernel is faster than XLA's products (docs/performance.md)."""
@@ -81,7 +78,7 @@ def attention(
     if bias is None and window is not None and in_blocks_pays(length, causal, window):
         plain = partial(attention_in_blocks, plain, causal=causal, window=window)
     else:
-        plain = partial(plain, bias=bias, near=places(length, causal, window), blind=window is not None)
+        plain = partial(plain, bias=bias, near=places(length, length, causal, window), blind=window is not None)
     by_platform: dict[str, Callable[..., jax.Array]] = {}
     kernels = RIGHT_PADDED.get()
     if kernels is not None and bias is None:
@@ -275,8 +272,7 @@ def attention_in_blocks(
         pairs = jnp.concatenate([parts[:, :-1], parts[:, 1:]], axis=2)
         return pairs.reshape(batch * blocks, 2 * size, *x.shape[2:])
 
-    distance = jnp.arange(2 * size, dtype=jnp.int32)[None, :] - jnp.arange(size, dtype=jnp.int32)[:, None] - window
-    near = (distance >= -window) & (distance <= (0 if causal else window))
+    near = places(size, 2 * size, causal, window, before=window)
     queries = in_blocks(query, 0, blocks).reshape(batch * blocks, size, -1)
     mixed = plain(queries, around(key), around(value), around(mask), near=near, blind=True)
     return mixed.reshape(batch, blocks * size, -1)[:, :length]
@@ -323,13 +319,13 @@ def soften(scores: Float[Array, "B N T S"]) -> tuple[Float[Array, "B N T S"], Fl
     return weights, jnp.sum(weights, axis=-1, keepdims=True)
 
 
-def places(length: int, causal: bool, window: int | None) -> Bool[Array, "T T"] | None:
-    """Which key each query may see by its place alone; None if all."""
+def places(queries: int, keys: int, causal: bool, window: int | None, *, before: int = 0) -> Bool[Array, "T S"] | None:
+    """Which key each query may see by its place alone; None if all. So many keys stand before the first query's own."""
     if not causal and window is None:
         return None
-    place = jnp.arange(length, dtype=jnp.int32)
-    distance = place[None, :] - place[:, None]
-    seen = distance <= 0 if causal else jnp.ones((length, length), bool)
+    own = jnp.arange(queries, dtype=jnp.int32) + before
+    distance = jnp.arange(keys, dtype=jnp.int32)[None, :] - own[:, None]
+    seen = distance <= 0 if causal else jnp.ones((queries, keys), bool)
     return seen if window is None else seen & (jnp.abs(distance) <= window)
 
 

@@ -262,16 +262,19 @@ class Engine:
             return any(bucket in ladder.buckets for ladder in self._held)
 
     def _compile(self, bucket: Bucket) -> Any:
-        return self._lower(bucket).compile(compiler_options=compiler_options(self.model, self.platform, bucket))
+        kernels = Kernels.on(self.model.mesh, self.model.dtype)
+        options = compiler_options(self.model, self.platform, bucket)
+        return lower(self.model, self.output, bucket, kernels).compile(compiler_options=options)
 
-    def _lower(self, bucket: Bucket) -> Any:
-        mesh = self.model.mesh
-        table = empty(bucket).table
-        spec = jax.ShapeDtypeStruct(table.shape, table.dtype, sharding=batch_sharding(mesh, table.ndim))
-        leaves = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in self.model.leaves)
-        function = partial(forward, self.model, self.output, bucket, Kernels.on(mesh, self.model.dtype))
-        ndim = 3 if self.output is Output.TOKENS else 2
-        return jax.jit(function, out_shardings=batch_sharding(mesh, ndim)).lower(leaves, spec)
+
+def lower(model: Model, output: Output, bucket: Bucket, kernels: Kernels) -> Any:
+    """The program of one shape for a model's mesh; the weights' shapes and shardings are enough."""
+    table = empty(bucket).table
+    spec = jax.ShapeDtypeStruct(table.shape, table.dtype, sharding=batch_sharding(model.mesh, table.ndim))
+    leaves = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in model.leaves)
+    function = partial(forward, model, output, bucket, kernels)
+    ndim = 3 if output is Output.TOKENS else 2
+    return jax.jit(function, out_shardings=batch_sharding(model.mesh, ndim)).lower(leaves, spec)
 
 
 def compiler_options(model: Model, platform: str, bucket: Bucket) -> dict[str, bool] | None:

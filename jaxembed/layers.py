@@ -28,6 +28,9 @@ __all__ = [
 
 FLOAT32 = jnp.dtype("float32")
 
+MASKED = -1e30
+"""Score of a key that attention must not see. Finite: a row without any key gives a mean, not NaN."""
+
 
 def parameter(shape: tuple[int, ...], axes: tuple[str, ...], dtype: str = "float32") -> nnx.Param[jax.Array]:
     """Declare a parameter: shape, logical axis names (see sharding.AXES) and dtype.

@@ -10,6 +10,7 @@ Written in Pallas (https://docs.jax.dev/en/latest/pallas/tpu/index.html).
 """
 
 import logging
+import threading
 from functools import lru_cache, partial
 from typing import Any
 
@@ -22,11 +23,14 @@ from jax.experimental.pallas import tpu
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from jaxembed.layers import MASKED, matmul
 from jaxembed.sharding import DATA, MODEL, make_mesh
 
 __all__ = ["row_attention", "row_attention_takes", "row_attention_works"]
 
 logger = logging.getLogger(__name__)
+
+TRYING = threading.Lock()
 
 LANES = 128
 """Features of a register and of the matrix unit, and tokens of a product."""
@@ -42,9 +46,6 @@ WIDEST = 256
 
 ROW_BYTES = 4096
 """Of a feature in the longest row: so much that keys, values, scores and the next step's still fit on the chip."""
-
-MASKED = -1e30
-"""Score of a key that must not be seen."""
 
 Ends = list[Int[Array, ""]]
 """Where the keys of each of some rows, one behind another, that may be seen end."""
@@ -121,7 +122,7 @@ def on_device(
     step = pallas.BlockSpec((rows * length, group), lambda i, j, _: (i, j))
     # Where there are fewer heads of keys, each meets the queries of several.
     shared = pallas.BlockSpec((rows * length, group), lambda i, j, _: (i, j * kv_heads // num_heads))
-    scores = query.shape[0] * length * max(length, min(LANES, rows * length)) * num_heads
+    scores = batch * length * max(length, min(LANES, rows * length)) * num_heads
     result: jax.Array = pallas.pallas_call(
         partial(attend, length=length, width=width, scale=scale, causal=causal, window=window),
         out_shape=jax.ShapeDtypeStruct((batch * length, features), query.dtype),
@@ -235,27 +236,32 @@ def mixed(
     scale: float,
 ) -> Float[Array, "T G"]:
     """Attention of the heads that stand in a group of features, in float32."""
-    precision = jax.lax.Precision.HIGHEST if queries.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    product = partial(jax.lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
     feature = jax.lax.broadcasted_iota(jnp.int32, queries.shape, 1)
     result = jnp.zeros(queries.shape, jnp.float32)
     for start in range(0, queries.shape[1], width):
         own = (feature >= start) & (feature < start + width)
         asked = queries if width == queries.shape[1] else jnp.where(own, queries, jnp.zeros_like(queries))
-        scores = jnp.where(seen, product(asked, keys, (((1,), (1,)), ((), ()))) * scale, MASKED)
+        scores = jnp.where(seen, matmul("TG,SG->TS", asked, keys, keys.dtype) * scale, MASKED)
         weights = jnp.exp(scores - jnp.max(scores, axis=1, keepdims=True))
         total = jnp.sum(weights, axis=1, keepdims=True)
-        head = product(weights.astype(values.dtype), values, (((1,), (0,)), ((), ()))) / total
+        head = matmul("TS,SG->TG", weights, values, values.dtype) / total
         result = jnp.where(own, head, result)
     return result
 
 
-@lru_cache
 def row_attention_works(device: jax.Device, dtype: str) -> bool:
-    """Whether the kernel gives on a TPU what its formula says; tried once for each. Not while anything is traced.
+    """Whether the kernel gives on a TPU what its formula says; tried once for each. Not while anything is traced."""
+    # Shapes are compiled by several threads: the others wait for the one that tries.
+    with TRYING:
+        return tried(device, dtype)
 
-    It is compiled for what there is when it runs, by a compiler that this project does not choose; where that goes
-    wrong, attention is left to XLA, and the log says so.
+
+@lru_cache
+def tried(device: jax.Device, dtype: str) -> bool:
+    """See `row_attention_works`.
+
+    The kernel is compiled for what there is when it runs, by a compiler that this project does not choose; where that
+    goes wrong, attention is left to XLA, and the log says so.
     """
     try:
         worst = float(np.max([error(device, dtype, *kind) for kind in KINDS]))

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxembed import make_mesh
 from jaxembed import row_attention as kernel
 from jaxembed.attention import Kernels, attention, right_padded
-from jaxembed.row_attention import ALLOWED, KINDS, error, row_attention, row_attention_takes, row_attention_works
+from jaxembed.row_attention import ALLOWED, KINDS, error, row_attention, row_attention_takes
 from jaxembed.tokens import Rows
 
 FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
@@ -123,7 +123,7 @@ def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
 def works(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], bool]:
     """Try anew what is tried on a TPU, here only the first of it."""
     monkeypatch.setattr(kernel, "KINDS", KINDS[:1])
-    return partial(row_attention_works.__wrapped__, jax.devices()[0])
+    return partial(kernel.tried.__wrapped__, jax.devices()[0])
 
 
 @pytest.mark.parametrize("dtype", ALLOWED)
