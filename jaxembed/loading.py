@@ -16,6 +16,7 @@ from jaxembed.checkpoint import Checkpoint
 from jaxembed.colbert import STANFORD
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.m3 import FILES, LEFT_OUT, NAMES, build_branch, conversion, lexical
+from jaxembed.memory import Arena
 from jaxembed.models import architecture
 from jaxembed.modules import Module
 from jaxembed.pooling import finish, splade
@@ -368,6 +369,7 @@ def leaves_of(part: Part, mesh: Mesh, placed: Placed) -> list[jax.Array]:
     keys = [(part.folder, path) for path in structure.paths]
     if not all(key in placed for key in keys):
         arrays = collect(part.names, structure, Tensors(part.folder))
+        arena = Arena() if mesh.devices.flat[0].platform == "cpu" else None
         for key, array, wanted, axes in zip(keys, arrays, structure.dtypes, structure.axes, strict=True):
-            placed[key] = place(array, wanted, mesh, axes)
+            placed[key] = place(array, wanted, mesh, axes, arena)
     return [placed[key] for key in keys]

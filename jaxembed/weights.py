@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxembed.errors import UnsupportedModelError, WeightsError
+from jaxembed.memory import Arena
 from jaxembed.sharding import parameter_sharding
 from jaxembed.tensors import Tensors
 from jaxembed.types import Layout, Names, Weight, Weights
@@ -152,12 +153,26 @@ def laid_out(stored: npt.NDArray[Any], weight: Weight) -> npt.NDArray[Any] | Non
     return stored
 
 
-def place(array: npt.NDArray[Any], dtype: np.dtype[Any], mesh: Mesh, axes: tuple[str, ...]) -> jax.Array:
-    """Put one array onto the mesh, each device reading only its own part of the file."""
+def place(
+    array: npt.NDArray[Any], dtype: np.dtype[Any], mesh: Mesh, axes: tuple[str, ...], arena: Arena | None = None
+) -> jax.Array:
+    """Put one array onto the mesh, each device reading only its own part of the file.
+
+    Args:
+        array: a view of the file.
+        dtype: what it becomes.
+        mesh: the devices.
+        axes: logical names of its axes.
+        arena: where it is to lie, for devices that compute in the host's memory.
+    """
     sharding = parameter_sharding(mesh, axes, array.shape)
+    empty = np.empty if arena is None else arena.empty
 
     def part(index: tuple[slice, ...] | None) -> npt.NDArray[Any]:
-        # A copy: JAX would take an aligned array over as it is, and the model would change with the file.
-        return np.array(array if index is None else array[index], dtype, order="C")
+        # A copy: JAX takes an aligned array over as it is, and the model would change with the file.
+        wanted = array if index is None else array[index]
+        copy: npt.NDArray[Any] = empty(wanted.shape, dtype)
+        copy[...] = wanted
+        return copy
 
     return jax.make_array_from_callback(array.shape, sharding, part)
