@@ -31,7 +31,7 @@ from jaxembed.sharding import DATA, batch_sharding
 from jaxembed.tokens import Rows, Tokens
 from jaxembed.types import Batch, Bucket, Column, Output, input_ids, told
 
-__all__ = ["MAX_BATCH_TOKENS", "Compiled", "Engine"]
+__all__ = ["MAX_BATCH_TOKENS", "Compiled", "Engine", "compile_shape"]
 
 MAX_BATCH_TOKENS = {"cpu": 512}
 """Tokens a dispatch should hold per device, by platform (docs/performance.md)."""
@@ -218,7 +218,11 @@ class Engine:
         with self._compiling[bucket]:
             if bucket not in self._executables:
                 executable, cached = load_or_compile(
-                    cache.current(), self.model, self.output, bucket, lambda: self._compile(bucket)
+                    cache.current(),
+                    self.model,
+                    self.output,
+                    bucket,
+                    lambda: compile_shape(self.model, self.output, bucket),
                 )
                 # The first run of an executable allocates and is slow: it happens here, not on a request.
                 with self._alone():
@@ -261,10 +265,11 @@ class Engine:
         with self._lock:
             return any(bucket in ladder.buckets for ladder in self._held)
 
-    def _compile(self, bucket: Bucket) -> Any:
-        kernels = Kernels.on(self.model.mesh, self.model.dtype)
-        options = compiler_options(self.model, self.platform, bucket)
-        return lower(self.model, self.output, bucket, kernels).compile(compiler_options=options)
+
+def compile_shape(model: Model, output: Output, bucket: Bucket) -> Any:
+    """The executable of one shape, compiled now; the weights' shapes and shardings are enough."""
+    options = compiler_options(model, model.mesh.devices.flat[0].platform, bucket)
+    return lower(model, output, bucket, Kernels.on(model.mesh, model.dtype)).compile(compiler_options=options)
 
 
 def lower(model: Model, output: Output, bucket: Bucket, kernels: Kernels) -> Any:

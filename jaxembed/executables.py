@@ -74,7 +74,8 @@ def has(cache: Cache | None, model: Model, output: Output, bucket: Bucket) -> bo
 def facts(model: Model, output: Output) -> tuple[Any, ...]:
     """All that the executables of a model depend on, but for the shape, the code and the versions."""
     checkpoint = model.checkpoint
-    specs = [(path, leaf.shape, str(leaf.dtype), str(leaf.sharding)) for path, leaf in model.params.items()]
+    leaves = zip(model.paths, model.leaves, strict=True)
+    specs = [(path, leaf.shape, str(leaf.dtype), str(leaf.sharding)) for path, leaf in leaves]
     said = (checkpoint.config, checkpoint.modules, checkpoint.normalize, checkpoint.head, checkpoint.late)
     return (said, model.dtype, model.head, model.tasks, model.left_out, specs, output, target(model.mesh))
 

@@ -20,7 +20,7 @@ from jaxembed.memory import Arena
 from jaxembed.models import architecture
 from jaxembed.modules import Module
 from jaxembed.pooling import finish, splade
-from jaxembed.sharding import make_mesh
+from jaxembed.sharding import make_mesh, parameter_sharding
 from jaxembed.tensors import Tensors
 from jaxembed.tokenizer_files import read_tokenizer
 from jaxembed.tokens import Tokens
@@ -43,7 +43,7 @@ class Model:
         config: the architecture's Config.
         dtype: of the matrices.
         mesh: where the weights lie.
-        leaves: the arrays, in the order of `paths`.
+        leaves: the arrays (jax.Array), in the order of `paths`; what they are like, of an abstract model.
         dimension: D, the full size of a vector; of a token's vector where texts get no single one.
         token_dimension: E, the full size of a token's vector.
         max_length: tokens an input may have.
@@ -59,7 +59,7 @@ class Model:
     config: Any
     dtype: str
     mesh: Mesh
-    leaves: tuple[jax.Array, ...]
+    leaves: tuple[Any, ...]
     dimension: int
     token_dimension: int
     max_length: int
@@ -236,6 +236,7 @@ def load(
     max_length: int | None = None,
     revision: str | None = None,
     placed: Placed | None = None,
+    abstract: bool = False,
 ) -> Model:
     """Load a checkpoint onto a mesh.
 
@@ -246,6 +247,8 @@ def load(
         max_length: tokens an input may have, in place of the checkpoint's own number.
         revision: branch, tag or commit on the hub.
         placed: arrays of another route of the same checkpoint, which are not loaded again; this one's are added.
+        abstract: leave the weights where they are. The leaves say only what each is like (jax.ShapeDtypeStruct), which
+            is enough to compile with.
 
     Raises:
         CheckpointError: one of its kinds; see `errors`.
@@ -287,7 +290,7 @@ def load(
         config=config,
         dtype=dtype,
         mesh=mesh,
-        leaves=tuple(leaf for part in (*parts, *branches.values()) for leaf in leaves_of(part, mesh, placed)),
+        leaves=tuple(leaf for part in (*parts, *branches.values()) for leaf in leaves_of(part, mesh, placed, abstract)),
         dimension=dimension,
         token_dimension=token_dimension,
         max_length=chosen,
@@ -361,11 +364,16 @@ def merged(parts: Sequence[Part], leaves: Leaves) -> tuple[list[Any], Leaves]:
     return modules, leaves
 
 
-def leaves_of(part: Part, mesh: Mesh, placed: Placed) -> list[jax.Array]:
-    """A part's arrays on the mesh: those that are there already, or else read from its folder."""
+def leaves_of(part: Part, mesh: Mesh, placed: Placed, abstract: bool) -> list[Any]:
+    """A part's arrays on the mesh: those that are there already, or else read from its folder; abstract ones at once."""
     if part.names is None:
         return []
     structure = part.structure
+    if abstract:
+        return [
+            jax.ShapeDtypeStruct(shape, dtype, sharding=parameter_sharding(mesh, axes, shape))
+            for shape, dtype, axes in zip(structure.shapes, structure.dtypes, structure.axes, strict=True)
+        ]
     keys = [(part.folder, path) for path in structure.paths]
     if not all(key in placed for key in keys):
         arrays = collect(part.names, structure, Tensors(part.folder))

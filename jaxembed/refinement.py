@@ -6,7 +6,7 @@ their lengths, compiled beside the work, and the ladder is swapped.
 
 import math
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -17,7 +17,7 @@ from jaxembed.cost import Cost, fit_cost
 from jaxembed.shape_choice import choose_lengths, compared, fewest, flat_ladder, loads
 from jaxembed.types import Bucket
 
-__all__ = ["Histogram", "Refinable", "least_seconds", "refine", "switch"]
+__all__ = ["Ahead", "Histogram", "Refinable", "least_seconds", "not_ahead", "refine", "switch"]
 
 SMALL = 4
 """Shapes of at most a full batch over this are timed before they are chosen: they keep least to the fit."""
@@ -76,7 +76,15 @@ class Refinable(Protocol):
         """Plan by another ladder from now on."""
 
 
-def refine(engine: Refinable, counts: npt.NDArray[np.int64]) -> Ladder | None:
+Ahead = Callable[[Ladder], None]
+"""Told of a ladder whose shapes the engine is about to compile: they may be made ready elsewhere first."""
+
+
+def not_ahead(ladder: Ladder) -> None:
+    """All of them are compiled by the engine itself."""
+
+
+def refine(engine: Refinable, counts: npt.NDArray[np.int64], ahead: Ahead = not_ahead) -> Ladder | None:
     """Choose shapes for inputs like these, compile them, and only then have the engine plan by them.
 
     The shapes that the engine has are timed first, and a fit to that says what others would take. The small ones, which
@@ -85,6 +93,7 @@ def refine(engine: Refinable, counts: npt.NDArray[np.int64]) -> Ladder | None:
     Args:
         engine: its ladder must be compiled.
         counts: int64 [max_length + 1], inputs of each length.
+        ahead: called before shapes are compiled.
 
     Returns:
         The new ladder; None if it would save less than `GAIN`, and nothing was compiled.
@@ -101,6 +110,7 @@ def refine(engine: Refinable, counts: npt.NDArray[np.int64]) -> Ladder | None:
     first = fewest(old.having(candidates(engine, within, cost)), likely, cost.of)
     if compared(first, old, likely, cost.of) > 1 - GAIN:
         return None
+    ahead(first)
     prepare(engine, first)
     small = {bucket for bucket in (*old.buckets, *first.buckets) if bucket.tokens * SMALL <= first.batch_tokens}
     # The others again too: the machine may have become faster or slower since.

@@ -3,11 +3,13 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from jaxembed.checkpoint import Checkpoint
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.matryoshka import Matryoshka, Policy
+from jaxembed.refinement import Ahead, not_ahead
 from jaxembed.tokenizer import Tokenizer
 from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION, Bucket
 from jaxembed_server import batcher, refiner
@@ -38,6 +40,8 @@ class Loaded:
     """Among which an input may choose, in the order of their numbers."""
     buckets: Sequence[Bucket] = ()
     """The shapes that the engine is to have soon, where it has only a part yet."""
+    ahead: Ahead = not_ahead
+    """Makes shapes ready elsewhere before the engine compiles them."""
 
 
 Progress = Callable[[int, int], None]
@@ -54,6 +58,7 @@ def load_model(config: ServerConfig, progress: Progress) -> Loaded:
         ValueError: a setting does not fit the model.
     """
     # Here: a process that only speaks HTTP needs the rest of this file, and must not import JAX.
+    from jaxembed.compile_process import compile_beside
     from jaxembed.embedder import Embedder
     from jaxembed.warmup import cache_folder, use_cache, warm
 
@@ -89,7 +94,8 @@ def load_model(config: ServerConfig, progress: Progress) -> Loaded:
         policy=Policy(config.matryoshka),
         override=config.matryoshka_dimensions,
     )
-    return Loaded(checkpoint, embedder.tokenizer, engine, matryoshka, embedder.model.tasks, ladder.buckets)
+    tasks, ahead = embedder.model.tasks, partial(compile_beside, engine)
+    return Loaded(checkpoint, embedder.tokenizer, engine, matryoshka, tasks, ladder.buckets, ahead)
 
 
 def choose_route(checkpoint: Checkpoint, route: str | None) -> Checkpoint:

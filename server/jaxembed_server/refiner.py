@@ -14,7 +14,7 @@ from typing import Protocol
 
 from jaxembed import memory
 from jaxembed.buckets import Ladder
-from jaxembed.refinement import Histogram, Refinable, refine, switch
+from jaxembed.refinement import Ahead, Histogram, Refinable, not_ahead, refine, switch
 from jaxembed.types import Bucket
 
 __all__ = ["REFINER_THREAD", "Engine", "Refiner"]
@@ -47,14 +47,16 @@ class Refiner:
         engine: its ladder is refined.
         buckets: the shapes to begin with, where the engine has only a part of them.
         after: inputs before the first look; 0 never looks, nor at what an earlier run chose.
+        ahead: called before shapes are compiled.
     """
 
-    def __init__(self, engine: Engine, buckets: Sequence[Bucket] = (), *, after: int) -> None:
+    def __init__(self, engine: Engine, buckets: Sequence[Bucket] = (), *, after: int, ahead: Ahead = not_ahead) -> None:
         self._engine = engine
         self._buckets = buckets or engine.ladder.buckets
         self._seen = Histogram(engine.ladder.max_length)
         self._count = 0
         self._next = after
+        self._ahead = ahead
         self._changed = threading.Condition()
         self._closed = False
         if after or set(self._buckets) != set(engine.ladder.buckets):
@@ -95,7 +97,7 @@ class Refiner:
     def _refine(self) -> None:
         """Choose shapes by what came."""
         try:
-            found = refine(self._engine, self._seen.counts)
+            found = refine(self._engine, self._seen.counts, self._ahead)
             if found is not None:
                 self._engine.keep(found)
         except Exception:  # Whatever a compiler raises: the old ladder serves on.
@@ -110,6 +112,7 @@ class Refiner:
             return False
         ladder = Ladder(buckets)
         try:
+            self._ahead(ladder)
             switch(self._engine, ladder)
         except Exception:  # Whatever a compiler raises: the shapes that are there serve on.
             logger.exception("the ladder %s could not be brought up", str(ladder))

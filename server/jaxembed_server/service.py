@@ -124,7 +124,9 @@ class Service:
             self._loaded = await self._load()
             engine = self._loaded.engine
             self._batcher = Batcher(engine, max_queue_tokens=self.config.max_queue_tokens, observer=self.metrics.batch)
-            self._refiner = Refiner(engine, self._loaded.buckets, after=self.config.refine_after)
+            self._refiner = Refiner(
+                engine, self._loaded.buckets, after=self.config.refine_after, ahead=self._loaded.ahead
+            )
         except Exception as error:  # Whatever it was, the command line reports it and the server stops.
             self.failure = error
             self.state = State.FAILED

@@ -12,14 +12,13 @@ import asyncio
 import contextlib
 import functools
 import logging
-import os
 import socket
-import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
 
+from jaxembed.processes import python_command
 from jaxembed_server.channel import Channel, Kind, Model
 from jaxembed_server.config import ServerConfig
 from jaxembed_server.engine_end import EngineEnd, described
@@ -176,11 +175,9 @@ class Supervisor:
         ours, theirs = socket.socketpair()
         listening = self._listening[number]
         with theirs:
-            # As this process was started: with or without the working directory on the path.
-            safe = [] if {"", os.getcwd()} & set(sys.path) else ["-P"]
             handed = (theirs.fileno(), listening.fileno())
             process = await asyncio.create_subprocess_exec(
-                sys.executable, *safe, "-m", self._module, *map(str, handed), pass_fds=handed, **APART
+                *python_command(self._module), *map(str, handed), pass_fds=handed, **APART
             )
         channel = await Channel.over(ours, limit=self._largest)
         end = self._ends[number] = EngineEnd(self._service, channel, lambda: self._model, self._ready[number])

@@ -1,6 +1,7 @@
 """Loading: every weight found exactly once, in every form that savers write, or one error that lists it all."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from jaxembed.blocks import BERT_WEIGHTS
 from jaxembed.checkpoint import Checkpoint
 from jaxembed.errors import CorruptCheckpointError, UnsupportedModelError, WeightsError
 from jaxembed.loading import Model, load
+from jaxembed.memory import ALIGNED
 from jaxembed.models import REGISTRY, bert
 from jaxembed.sharding import MODEL, make_mesh
 from jaxembed.tensors import Tensors
@@ -317,4 +319,12 @@ def test_a_file_that_changes_does_not_change_the_model(folder: Path, hf_model: B
     with file.open("r+b") as stream:
         stream.seek(padded)
         stream.write(bytes(len(content) - header))
+    assert_holds(model, hf_model)
+
+
+def test_weights_on_a_cpu_lie_one_behind_another(folder: Path, hf_model: BertModel) -> None:
+    """JAX takes them over where they are: a copy of its own would lie elsewhere."""
+    model = load(folder, mesh=one_device())
+    begins = sorted((leaf.unsafe_buffer_pointer(), leaf.nbytes) for leaf in model.leaves)
+    assert all(0 <= after - begin - size < ALIGNED for (begin, size), (after, _) in itertools.pairwise(begins))
     assert_holds(model, hf_model)

@@ -6,9 +6,11 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxembed import memory
+from jaxembed.memory import ALIGNED, CHUNK, Arena
 
 BLOCKS = 2000
 SIZE = 100_000
@@ -51,3 +53,25 @@ def test_another_c_library_does_without(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     assert memory.malloc_trim() is None
     memory.give_back()
+
+
+def test_arrays_stand_one_behind_another() -> None:
+    """Aligned, in one block as far as there is room, and none over another."""
+    arena = Arena()
+    arrays = [arena.empty((n, 3), np.dtype(kind)) for n in range(1, 40) for kind in ("float32", "int8", "float16")]
+    begins = [array.ctypes.data for array in arrays]
+    assert all(begin % ALIGNED == 0 for begin in begins)
+    for array, begin, following in zip(arrays, begins, begins[1:], strict=False):
+        assert 0 <= following - begin - array.nbytes < ALIGNED
+    for value, array in enumerate(arrays):
+        array[...] = value
+    assert all((array == value).all() for value, array in enumerate(arrays))
+
+
+def test_a_full_block_is_followed_by_another() -> None:
+    """However large the array is; those before stay what they are."""
+    arena = Arena()
+    small, large, after = (arena.empty((size,), np.dtype("uint8")) for size in (CHUNK - 8, 2 * CHUNK, 8))
+    assert (small.nbytes, large.nbytes, after.nbytes) == (CHUNK - 8, 2 * CHUNK, 8)
+    assert not np.shares_memory(small, large) and not np.shares_memory(large, after)
+    assert all(array.flags.c_contiguous and array.ctypes.data % ALIGNED == 0 for array in (small, large, after))

@@ -79,6 +79,24 @@ def test_what_saves_nothing_is_not_compiled(tiny_folder: str) -> None:
     assert engine.ladder is old and engine.compiled == compiled == set(old.buckets)
 
 
+def test_shapes_can_be_made_ready_elsewhere_first(tiny_folder: str) -> None:
+    """Before any of them is compiled; and not where nothing will be."""
+    embedder = Embedder.from_pretrained(tiny_folder, mesh=make_mesh(jax.devices()[:1]), max_batch_tokens=64)
+    engine = embedder.engine
+    for bucket in engine.ladder.buckets:
+        engine.compile(bucket)
+    engine.time = COST.of
+    counts = np.zeros(33, np.int64)
+    counts[[5, 20]] = 1000
+    told: list[tuple[frozenset[Bucket], frozenset[Bucket]]] = []
+    new = refine(engine, counts, lambda ladder: told.append((frozenset(ladder.buckets), engine.compiled)))
+    assert new is not None
+    ((wanted, compiled),) = told
+    assert wanted - compiled and set(new.buckets) <= wanted | compiled
+    assert refine(engine, counts, lambda ladder: told.append((frozenset(), frozenset()))) is None
+    assert len(told) == 1
+
+
 def test_a_small_shape_that_proves_slow_is_left_out(tiny_folder: str) -> None:
     """What the fit cannot tell, as that one row of 10 tokens takes longer than one of 16, is measured."""
     embedder = Embedder.from_pretrained(tiny_folder, mesh=make_mesh(jax.devices()[:1]))

@@ -70,6 +70,24 @@ def test_shapes_follow_what_comes() -> None:
     refiner.close()
 
 
+def test_shapes_are_made_ready_elsewhere_before_they_are_compiled() -> None:
+    """Those that were left out or kept, and those that are chosen."""
+    engine, told = Engine(), []
+
+    def ahead(ladder: Ladder) -> None:
+        told.append((ladder.buckets, tuple(engine.made)))
+
+    whole = Ladder([*engine.ladder.buckets, Bucket(4, 8)])
+    refiner = Refiner(engine, whole.buckets, after=10, ahead=ahead)
+    eventually(lambda: engine.ladder.buckets == whole.buckets)
+    refiner.saw([3] * 10)
+    eventually(lambda: engine.chosen is not None)
+    refiner.close()
+    (first, before), (second, then) = told
+    assert (first, before, then) == (whole.buckets, (), whole.buckets)
+    assert set(engine.ladder.buckets) <= {*second, *whole.buckets}
+
+
 @pytest.mark.parametrize("after", [0, 5])
 def test_what_was_left_out_comes_at_once(after: int) -> None:
     """The whole ladder first, and then the one of an earlier run, unless shapes are never to be chosen."""

@@ -1,0 +1,128 @@
+"""Shapes compiled into the cache by a process beside this one, from where `Engine.compile` loads them.
+
+In a process that serves, a compilation takes the cores and the interpreter's lock from requests, and leaves memory that
+is never given back whole (docs/performance.md). A process of its own runs at a low priority, and ends.
+"""
+
+import contextlib
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from jaxembed import cache
+from jaxembed.buckets import Ladder
+from jaxembed.checkpoint import Checkpoint
+from jaxembed.engine import Engine, compile_shape
+from jaxembed.executables import load_or_compile
+from jaxembed.loading import load
+from jaxembed.processes import python_command
+from jaxembed.sharding import make_mesh
+from jaxembed.types import Bucket, Output
+from jaxembed.warmup import use_cache
+
+__all__ = ["compile_beside"]
+
+logger = logging.getLogger(__name__)
+
+NICENESS = 10
+"""Of the process, more than of this one (nice(2)): where both want the cores, it gets a tenth."""
+
+
+class Task(NamedTuple):
+    """What the process is told.
+
+    Attributes:
+        checkpoint, dtype, max_length: of the model.
+        output: what the executables give.
+        buckets: the shapes.
+        folder: of the cache.
+    """
+
+    checkpoint: Checkpoint
+    dtype: str
+    max_length: int
+    output: Output
+    buckets: Sequence[Bucket]
+    folder: Path
+
+
+def compile_beside(engine: Engine, ladder: Ladder) -> None:
+    """Have the shapes of a ladder that the cache lacks compiled into it by a process beside this one; waits for it.
+
+    Does nothing without a cache, and where the engine's device is not the CPU alone: another process may not be let in
+    there. What it does not compile, whatever the reason, is in no place yet, and compiled like any other shape.
+    """
+    kept = cache.current()
+    missing = [bucket for bucket in ladder.buckets if not engine.cached(bucket)]
+    if kept is None or not missing or engine.model.mesh.size > 1 or engine.platform != "cpu":
+        return
+    model = engine.model
+    task = Task(model.checkpoint, model.dtype, model.max_length, engine.output, missing, kept.folder)
+    try:
+        status = done(task)
+    except OSError as error:
+        logger.warning("a process that compiles cannot be started (%s); the shapes are compiled here", error)
+        return
+    if status:
+        logger.warning("the process that compiles ended with %d; the shapes are compiled here", status)
+
+
+def done(task: Task) -> int:
+    """Have a task done; the exit status of the process that did it.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+    process = subprocess.Popen(
+        python_command(__name__),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        process_group=0,
+    )
+    assert process.stdin is not None
+    # What it is told is small enough for the pipe, unless it has ended; then its status says so. Its standard input
+    # stays open: it ends when this process does.
+    with contextlib.suppress(BrokenPipeError), process.stdin as told:
+        with contextlib.suppress(BrokenPipeError):
+            told.write(pickle.dumps(task))
+            told.flush()
+        process.wait()
+    return process.wait()
+
+
+def main() -> int:
+    """Do the task that stands in the standard input."""
+    os.nice(NICENESS)
+    task: Task = pickle.load(sys.stdin.buffer)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    use_cache(task.folder)
+    mesh = make_mesh(jax.devices()[:1])
+    model = load(task.checkpoint, dtype=task.dtype, max_length=task.max_length, mesh=mesh, abstract=True)
+
+    def compile_one(bucket: Bucket) -> None:
+        load_or_compile(cache.current(), model, task.output, bucket, lambda: compile_shape(model, task.output, bucket))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        # The largest first: the last one to finish should be a short one.
+        list(pool.map(compile_one, reversed(task.buckets)))
+    return 0
+
+
+def end_with_parent() -> None:
+    """Wait for the end of the standard input, and end."""
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
