@@ -25,6 +25,7 @@ from jaxembed.engine import Compiled, Engine
 from jaxembed.errors import CompileError, JaxembedError
 from jaxembed.loading import DTYPES, load
 from jaxembed.selftest import check_numerics
+from jaxembed.tokenizer_files import read_tokenizer
 from jaxembed.types import Bucket
 
 __all__ = ["Report", "cache_folder", "main", "use_cache", "warm"]
@@ -150,6 +151,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 bar.update()
 
             report = warm(engine, workers=options.workers, progress=show)
+        if model.checkpoint.special_tokens:
+            # As `Tokenizer` asks for it; what transformers makes is in the cache now.
+            read_tokenizer(model.checkpoint.folder)
     except (JaxembedError, ValueError) as error:
         print(f"warm-up failed: {error}", file=sys.stderr)
         return 1

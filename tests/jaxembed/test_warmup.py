@@ -140,6 +140,8 @@ def test_the_command_line(tiny_folder: Path, cache: Path, capsys: pytest.Capture
         assert last.startswith("2 buckets in ")
         assert last.endswith(f"{0 if source == 'compiled' else 2} from the cache")
         assert "2/2" in shown.err
+        kinds = [(kind.name, len(list(kind.iterdir()))) for kind in sorted(cache_folder(cache).iterdir())]
+        assert kinds == [("executables", 2), ("tokenizers", 1)]
 
 
 def test_the_command_line_names_what_failed(
