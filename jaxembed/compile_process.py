@@ -58,14 +58,13 @@ class Task(NamedTuple):
 def compile_beside(engine: Engine, ladder: Ladder) -> None:
     """Have the shapes of a ladder that the cache lacks compiled into it by a process beside this one; waits for it.
 
-    Does nothing without a cache, and where the engine's device is not the CPU alone: another process may not be let in
-    there. What it does not compile, whatever the reason, is in no place yet, and compiled like any other shape.
+    Does nothing without a cache, and where the engine has another device than the CPU, which may let no second process
+    in, or several. Whatever keeps a shape out of the cache, the engine then compiles it like any other.
     """
-    kept = cache.current()
+    kept, model = cache.current(), engine.model
     missing = [bucket for bucket in ladder.buckets if not engine.cached(bucket)]
-    if kept is None or not missing or engine.model.mesh.size > 1 or engine.platform != "cpu":
+    if kept is None or not missing or [(one.platform, one.id) for one in model.mesh.devices.flat] != [("cpu", 0)]:
         return
-    model = engine.model
     task = Task(model.checkpoint, model.dtype, model.max_length, engine.output, missing, kept.folder)
     try:
         status = done(task)
@@ -90,14 +89,14 @@ def done(task: Task) -> int:
         process_group=0,
     )
     assert process.stdin is not None
-    # What it is told is small enough for the pipe, unless it has ended; then its status says so. Its standard input
-    # stays open: it ends when this process does.
-    with contextlib.suppress(BrokenPipeError), process.stdin as told:
-        with contextlib.suppress(BrokenPipeError):
-            told.write(pickle.dumps(task))
-            told.flush()
-        process.wait()
-    return process.wait()
+    # Its standard input stays open until it ends. Where this process ends first, it is closed, and that ends it too.
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(pickle.dumps(task))
+        process.stdin.flush()
+    status = process.wait()
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
+    return status
 
 
 def main() -> int:

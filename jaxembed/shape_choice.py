@@ -25,7 +25,7 @@ WORTH = 0.01
 FLAT_WORTH = 0.05
 """The same of flat shapes, of each of whose lengths there are more."""
 
-PRICE = 0.003
+PRICE = 0.004
 """A shape must save this share of what inputs take, in the mean over `loads`: it is compiled, and held in memory."""
 
 OTHERS = 0.1

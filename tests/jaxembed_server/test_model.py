@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from folders import save, tiny_transformer, write
@@ -17,7 +18,7 @@ from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
-from jaxembed import Embedder
+from jaxembed import Bucket, Embedder, Ladder, loading, make_mesh
 from jaxembed.buckets import Row, pack
 from jaxembed.errors import UnsupportedModelError
 from jaxembed_server.cli import main
@@ -86,6 +87,19 @@ def test_what_the_cache_has_need_not_be_there_at_once(tiny_folder: Path, cache: 
     assert second.engine.ladder.buckets == first.engine.ladder.smallest().buckets
     assert second.engine.compiled == set(second.engine.ladder.buckets)
     np.testing.assert_array_equal(vector(second, "a b c"), vector(first, "a b c"))
+
+
+def test_a_process_beside_compiles_what_is_chosen(
+    tiny_folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the engine would; only what is in the cache afterwards can have come from there."""
+    monkeypatch.setattr(loading, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+    model = loaded(tiny_folder)
+    chosen = Ladder([Bucket(1, 12), Bucket(1, 32)])
+    assert not model.engine.cached(Bucket(1, 12))
+    model.ahead(chosen)
+    model.engine.allow(chosen)
+    assert model.engine.compile(Bucket(1, 12)).cached
 
 
 def test_a_route_must_be_there(routed: Path, tiny_folder: Path) -> None:
