@@ -365,7 +365,7 @@ def merged(parts: Sequence[Part], leaves: Leaves) -> tuple[list[Any], Leaves]:
 
 
 def leaves_of(part: Part, mesh: Mesh, placed: Placed, abstract: bool) -> list[Any]:
-    """A part's arrays on the mesh: those that are there already, or else read from its folder; abstract ones at once."""
+    """A part's arrays on the mesh: those that are there already, or else read from its folder; or abstract ones."""
     if part.names is None:
         return []
     structure = part.structure
