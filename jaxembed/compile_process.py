@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,19 +107,17 @@ def main() -> int:
     use_cache(task.folder)
     mesh = make_mesh(jax.devices()[:1])
     model = load(task.checkpoint, dtype=task.dtype, max_length=task.max_length, mesh=mesh, abstract=True)
-
-    def compile_one(bucket: Bucket) -> None:
-        load_or_compile(cache.current(), model, task.output, bucket, lambda: compile_shape(model, task.output, bucket))
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        # The largest first: the last one to finish should be a short one.
-        list(pool.map(compile_one, reversed(task.buckets)))
+    # One at a time: XLA itself compiles in several threads, and two take a quarter more memory.
+    for bucket in task.buckets:
+        load_or_compile(cache.current(), model, task.output, bucket, partial(compile_shape, model, task.output, bucket))
     return 0
 
 
 def end_with_parent() -> None:
     """Wait for the end of the standard input, and end."""
-    sys.stdin.buffer.read()
+    # Not through Python's buffer, whose lock the end of the interpreter would miss.
+    while os.read(sys.stdin.fileno(), 1):
+        pass
     os._exit(1)
 
 

@@ -39,10 +39,13 @@ def test_an_abstract_model_is_the_same_for_the_cache(tiny_folder: Path) -> None:
     assert facts(abstract, Output.DENSE) == facts(whole, Output.DENSE)
 
 
-def test_the_shapes_are_in_the_cache_afterwards(tiny_folder: Path, cache: Path) -> None:
+def test_the_shapes_are_in_the_cache_afterwards(
+    tiny_folder: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """The engine loads them, and they give what it would have compiled itself, bit by bit."""
     engine = engine_of(tiny_folder)
     compile_beside(engine, LADDER)
+    assert not caplog.records
     engine.allow(LADDER)
     assert [engine.compile(bucket).cached for bucket in LADDER.buckets] == [True, True]
     own = Embedder.from_pretrained(tiny_folder, mesh=make_mesh(jax.devices()[:1]), ladder=LADDER).engine
