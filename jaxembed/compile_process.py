@@ -62,8 +62,10 @@ def compile_beside(engine: Engine, ladder: Ladder) -> None:
     in, or several. Whatever keeps a shape out of the cache, the engine then compiles it like any other.
     """
     kept, model = cache.current(), engine.model
+    if kept is None or [(one.platform, one.id) for one in model.mesh.devices.flat] != [("cpu", 0)]:
+        return
     missing = [bucket for bucket in ladder.buckets if not engine.cached(bucket)]
-    if kept is None or not missing or [(one.platform, one.id) for one in model.mesh.devices.flat] != [("cpu", 0)]:
+    if not missing:
         return
     task = Task(model.checkpoint, model.dtype, model.max_length, engine.output, missing, kept.folder)
     try:
@@ -81,6 +83,7 @@ def done(task: Task) -> int:
     Raises:
         OSError: it cannot be started.
     """
+    told = pickle.dumps(task)
     process = subprocess.Popen(
         python_command(__name__),
         stdin=subprocess.PIPE,
@@ -91,7 +94,7 @@ def done(task: Task) -> int:
     assert process.stdin is not None
     # Its standard input stays open until it ends. Where this process ends first, it is closed, and that ends it too.
     with contextlib.suppress(BrokenPipeError):
-        process.stdin.write(pickle.dumps(task))
+        process.stdin.write(told)
         process.stdin.flush()
     status = process.wait()
     with contextlib.suppress(BrokenPipeError):
