@@ -20,8 +20,10 @@ from bench.report import header, publish, table
 from jaxembed.attention import Kernels
 from jaxembed.buckets import Ladder
 from jaxembed.checkpoint import DEFAULT_MODEL
-from jaxembed.engine import OTHER_BATCH_TOKENS, lower
-from jaxembed.loading import DTYPES, Model, load
+from jaxembed.engine import OTHER_BATCH_TOKENS
+from jaxembed.loading import DTYPES, load
+from jaxembed.model import Model
+from jaxembed.program import lower
 from jaxembed.sharding import make_mesh
 from jaxembed.types import Bucket, Output
 

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxembed.architecture import Weight, Weights
 from jaxembed.attention import attention
 from jaxembed.configs import check_heads, read_fields
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.layers import Embedding, LayerNorm, Linear, activation
 from jaxembed.tokens import Rows, Tokens
-from jaxembed.types import Weight, Weights
 
 __all__ = [
     "BERT_EMBEDDINGS_WEIGHTS",

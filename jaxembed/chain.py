@@ -10,12 +10,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxembed import modules
+from jaxembed.architecture import Names, Weight
 from jaxembed.blocks import linear_weights, norm_weights
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.layers import LayerNorm, Linear, activation, parameter
 from jaxembed.pooling import pool, unit
 from jaxembed.tokens import Tokens
-from jaxembed.types import Names, Pooling, SpladePooling, Weight
+from jaxembed.types import Pooling, SpladePooling
 
 __all__ = ["Features", "build_step", "step_names", "width_after"]
 

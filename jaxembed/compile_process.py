@@ -21,10 +21,11 @@ import jax
 from jaxembed import cache
 from jaxembed.buckets import Ladder
 from jaxembed.checkpoint import Checkpoint
-from jaxembed.engine import Engine, compile_shape
+from jaxembed.engine import Engine
 from jaxembed.executables import load_or_compile
 from jaxembed.loading import load
 from jaxembed.processes import python_command
+from jaxembed.program import compile_shape
 from jaxembed.sharding import make_mesh
 from jaxembed.types import Bucket, Output
 from jaxembed.warmup import use_cache

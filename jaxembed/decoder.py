@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jaxembed.architecture import Weight, Weights
 from jaxembed.attention import attention
 from jaxembed.configs import check_heads, read_fields
 from jaxembed.errors import UnsupportedModelError
@@ -19,7 +20,6 @@ from jaxembed.gated import GatedMLP
 from jaxembed.layers import Embedding, Linear, RMSNorm, activation
 from jaxembed.rotary import Rotary, Turn, read_rotary
 from jaxembed.tokens import Rows, Tokens
-from jaxembed.types import Weight, Weights
 
 __all__ = [
     "DECODER_IGNORED",

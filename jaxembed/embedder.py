@@ -27,7 +27,8 @@ from jaxembed.errors import (
 )
 from jaxembed.inputs import DOCUMENT, QUERY, SIDES, Inputs, choose_prompt, listed, task_number
 from jaxembed.late_interaction import TokenVectors, max_similarity
-from jaxembed.loading import Model, Placed, load
+from jaxembed.loading import Placed, load
+from jaxembed.model import Model
 from jaxembed.runner import Runner
 from jaxembed.similarity import compare
 from jaxembed.tokenizer import Tokenizer

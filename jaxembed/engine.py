@@ -1,7 +1,7 @@
 """One compiled executable a Bucket: Batch -> array. Knows no text, no disk, no asyncio.
 
-The function compiled is pure in (flat weights, batch); weights are arguments, so executables can be cached and a
-call passes a flat tuple. A shape that was not compiled ahead is an error, never a compilation on the way.
+What is compiled is in `program`; weights are arguments of it, so executables can be cached and a call passes a flat
+tuple. A shape that was not compiled ahead is an error, never a compilation on the way.
 """
 
 import json
@@ -10,28 +10,25 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from jaxtyping import Array, Float, Int
 
 from jaxembed import cache
-from jaxembed.attention import FUSED_LENGTH, Kernels, right_padded
-from jaxembed.buckets import Ladder, empty
+from jaxembed.buckets import Ladder
 from jaxembed.errors import BucketError
 from jaxembed.executables import facts, has, load_or_compile
-from jaxembed.loading import Model
 from jaxembed.locks import SharedLock
-from jaxembed.sharding import DATA, batch_sharding
-from jaxembed.tokens import Rows, Tokens
-from jaxembed.types import Batch, Bucket, Column, Output, input_ids, told
+from jaxembed.model import Model
+from jaxembed.packing import empty, full
+from jaxembed.program import compile_shape
+from jaxembed.sharding import DATA, platform
+from jaxembed.types import Batch, Bucket, Output
 
-__all__ = ["MAX_BATCH_TOKENS", "Compiled", "Engine", "compile_shape"]
+__all__ = ["MAX_BATCH_TOKENS", "Compiled", "Engine"]
 
 MAX_BATCH_TOKENS = {"cpu": 512}
 """Tokens a dispatch should hold per device, by platform (docs/performance.md)."""
@@ -97,7 +94,7 @@ class Engine:
     ) -> None:
         self.model = model
         self.output = output
-        self.platform: str = model.mesh.devices.flat[0].platform
+        self.platform = platform(model.mesh)
         devices = model.mesh.shape[DATA]
         if max_batch_tokens is None:
             max_batch_tokens = MAX_BATCH_TOKENS.get(self.platform, OTHER_BATCH_TOKENS)
@@ -264,65 +261,3 @@ class Engine:
     def _allowed(self, bucket: Bucket) -> bool:
         with self._lock:
             return any(bucket in ladder.buckets for ladder in self._held)
-
-
-def compile_shape(model: Model, output: Output, bucket: Bucket) -> Any:
-    """The executable of one shape, compiled now; the weights' shapes and shardings are enough."""
-    options = compiler_options(model, model.mesh.devices.flat[0].platform, bucket)
-    return lower(model, output, bucket, Kernels.on(model.mesh, model.dtype)).compile(compiler_options=options)
-
-
-def lower(model: Model, output: Output, bucket: Bucket, kernels: Kernels) -> Any:
-    """The program of one shape for a model's mesh; the weights' shapes and shardings are enough."""
-    table = empty(bucket).table
-    spec = jax.ShapeDtypeStruct(table.shape, table.dtype, sharding=batch_sharding(model.mesh, table.ndim))
-    leaves = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in model.leaves)
-    function = partial(forward, model, output, bucket, kernels)
-    ndim = 3 if output is Output.TOKENS else 2
-    return jax.jit(function, out_shardings=batch_sharding(model.mesh, ndim)).lower(leaves, spec)
-
-
-def compiler_options(model: Model, platform: str, bucket: Bucket) -> dict[str, bool] | None:
-    """What XLA is told for one shape.
-
-    On a GPU it tries out many kernels of Triton for each product, for half a minute a shape in float32, and ends up no
-    faster than with the library's (docs/performance.md); but for attention over a few tokens in bfloat16.
-    """
-    if platform != "gpu":
-        return None
-    return {"xla_gpu_enable_triton_gemm": model.dtype == "bfloat16" and bucket.seq_len < FUSED_LENGTH}
-
-
-def forward(
-    model: Model,
-    output: Output,
-    bucket: Bucket,
-    kernels: Kernels,
-    leaves: tuple[jax.Array, ...],
-    table: Int[Array, "_ _"],
-) -> Float[Array, "B *shape"]:
-    """What each executable computes of `Batch.table`."""
-    row = dict(zip(Column, told(bucket, table).T, strict=True))
-    length, seen = bucket.seq_len, row[Column.LENGTH]
-    if bucket.flat:
-        rows = Rows.in_line(row[Column.TOKENS], seen, tokens=bucket.flat, length=length)
-    else:
-        rows = Rows(jnp.arange(length, dtype=jnp.int32)[None] < seen[:, None])
-    seconds = rows.each(row[Column.SECOND_START])
-    tokens = Tokens(
-        input_ids=input_ids(bucket, table),
-        token_types=((seconds > 0) & (rows.places >= seconds)).astype(jnp.int32),
-        tasks=row[Column.TASK],
-        rows=rows,
-    )
-    normalize = row[Column.NORMALIZE] > 0
-    with right_padded(kernels):
-        return model.compute(output, leaves, tokens, row[Column.PROMPT_LENGTH], row[Column.DIMENSIONS], normalize)
-
-
-def full(bucket: Bucket) -> Batch:
-    """A batch without padding."""
-    batch = empty(bucket, range(bucket.batch_size))
-    lengths = np.diff(np.linspace(0, bucket.tokens, bucket.batch_size + 1).astype(np.int64))
-    batch.column(Column.LENGTH)[:] = batch.column(Column.TOKENS)[:] = lengths
-    return batch

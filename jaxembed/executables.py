@@ -19,7 +19,7 @@ from jax.experimental.serialize_executable import deserialize_and_load, serializ
 from jax.sharding import Mesh
 
 from jaxembed.cache import Cache
-from jaxembed.loading import Model
+from jaxembed.model import Model
 from jaxembed.types import Bucket, Output
 
 __all__ = ["Kept", "facts", "has", "load_or_compile"]

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from jaxembed.architecture import FILL_MASK, SEQUENCE_CLASSIFICATION, Head, Weight
 from jaxembed.blocks import linear_weights, norm_weights
 from jaxembed.layers import LayerNorm, Linear, activation, matmul, parameter
 from jaxembed.pooling import pool
-from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION, Head, Pooling, PoolingMode, Weight
+from jaxembed.types import Pooling, PoolingMode
 
 __all__ = [
     "BERT_HEADS",

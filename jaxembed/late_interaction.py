@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from jaxembed.colbert import LateInteraction
 from jaxembed.errors import DimensionsError, InputError, InputTooLongError, InputTypeError, UnsupportedModelError
-from jaxembed.loading import Model
+from jaxembed.model import Model
 from jaxembed.runner import Runner
 from jaxembed.tokenizer import Tokenizer
 from jaxembed.types import NO_TASK, Encoding, Output

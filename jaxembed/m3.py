@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxembed.architecture import Names, Weight
 from jaxembed.errors import CorruptCheckpointError
 from jaxembed.layers import Linear
 from jaxembed.tensors import Tensors
-from jaxembed.types import Names, Output, Weight
+from jaxembed.types import Output
 
 __all__ = ["FILES", "LEFT_OUT", "NAMES", "build_branch", "conversion", "lexical"]
 

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from jaxembed.buckets import Ladder, Row, pack
+from jaxembed.buckets import Ladder
 from jaxembed.engine import Engine
 from jaxembed.errors import InputError, PickledCheckpointError, UnsupportedModelError
-from jaxembed.loading import Model
 from jaxembed.m3 import conversion
+from jaxembed.model import Model
+from jaxembed.packing import Row, pack
 from jaxembed.refinement import Histogram, refine
 from jaxembed.tokenizer import Tokenizer
 from jaxembed.types import Batch, Encoding, Output

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxembed.architecture import FILL_MASK, SEQUENCE_CLASSIFICATION
 from jaxembed.errors import CorruptCheckpointError, UnsupportedModelError
 from jaxembed.routes import read_json
-from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION
 
 __all__ = [
     "calls",

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-__all__ = ["AXES", "DATA", "MODEL", "batch_sharding", "make_mesh", "parameter_sharding"]
+__all__ = ["AXES", "DATA", "MODEL", "batch_sharding", "make_mesh", "parameter_sharding", "platform"]
 
 DATA = "data"
 MODEL = "model"
@@ -45,6 +45,12 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, *, model_parallel: in
         raise ValueError(f"{len(chosen)} devices do not divide into groups of model_parallel={model_parallel}")
     grid = np.array(chosen).reshape(-1, model_parallel)
     return Mesh(grid, (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def platform(mesh: Mesh) -> str:
+    """What kind of devices a mesh is of: "cpu", "gpu" or "tpu"."""
+    kind: str = mesh.devices.flat[0].platform
+    return kind
 
 
 def parameter_sharding(mesh: Mesh, axes: Sequence[str], shape: Sequence[int]) -> NamedSharding:

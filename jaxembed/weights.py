@@ -14,11 +14,11 @@ import numpy.typing as npt
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxembed.architecture import Layout, Names, Weight, Weights
 from jaxembed.errors import UnsupportedModelError, WeightsError
 from jaxembed.memory import Arena
 from jaxembed.sharding import parameter_sharding
 from jaxembed.tensors import Tensors
-from jaxembed.types import Layout, Names, Weight, Weights
 
 __all__ = ["Leaves", "Structure", "collect", "place"]
 

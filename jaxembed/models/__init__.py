@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from jaxembed.architecture import Architecture
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.models import (
     albert,
@@ -29,7 +30,6 @@ from jaxembed.models import (
     static_embedding,
     t5,
 )
-from jaxembed.types import Architecture
 
 __all__ = ["REGISTRY", "REMOTE", "architecture"]
 

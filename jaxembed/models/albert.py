@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jaxembed.architecture import FILL_MASK, SEQUENCE_CLASSIFICATION, Architecture, Weights
 from jaxembed.blocks import (
     BERT_EMBEDDINGS_WEIGHTS,
     OLD_NORM_NAMES,
@@ -21,7 +22,6 @@ from jaxembed.blocks import (
 )
 from jaxembed.heads import classifier_head, masked_lm_head
 from jaxembed.tokens import Tokens
-from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION, Architecture, Weights
 
 __all__ = ["ARCHITECTURE", "Albert", "Config"]
 

@@ -4,9 +4,9 @@ Reference: transformers' `BertModel` without its pooler, and the heads of `BertF
 `BertForMaskedLM`. Proven on all-MiniLM-L6-v2 and on random configurations.
 """
 
+from jaxembed.architecture import Architecture
 from jaxembed.blocks import BERT_WEIGHTS, OLD_NORM_NAMES, BertConfig, BertEmbeddings, PostNormEncoder
 from jaxembed.heads import BERT_HEADS
-from jaxembed.types import Architecture
 
 __all__ = ["ARCHITECTURE", "Config", "build"]
 

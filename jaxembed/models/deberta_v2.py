@@ -16,15 +16,16 @@ import numpy.typing as npt
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxembed.attention import attention, split_heads
+from jaxembed.architecture import FILL_MASK, SEQUENCE_CLASSIFICATION, Architecture, Weight, Weights
+from jaxembed.attention import attention
 from jaxembed.blocks import linear_weights, norm_weights
 from jaxembed.configs import check_heads, read_fields
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.heads import classifier_head, masked_lm_head
 from jaxembed.layers import Embedding, LayerNorm, Linear, activation, matmul, parameter
+from jaxembed.plain_attention import split_heads
 from jaxembed.relative import distances, skew
 from jaxembed.tokens import Rows, Tokens
-from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION, Architecture, Weight, Weights
 
 __all__ = ["ARCHITECTURE", "Config", "DebertaV2", "log_buckets"]
 

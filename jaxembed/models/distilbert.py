@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxembed import layers
+from jaxembed.architecture import FILL_MASK, SEQUENCE_CLASSIFICATION, Architecture, Weights
 from jaxembed.blocks import (
     BERT_EMBEDDINGS_WEIGHTS,
     BertConfig,
@@ -20,7 +21,6 @@ from jaxembed.blocks import (
 )
 from jaxembed.configs import check_heads, read_fields
 from jaxembed.heads import classifier_head, masked_lm_head
-from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION, Architecture, Weights
 
 __all__ = ["ARCHITECTURE", "Config", "build"]
 

@@ -6,9 +6,9 @@ Reference: transformers' `ElectraModel`, discriminator and generator alike, and 
 
 from dataclasses import dataclass
 
+from jaxembed.architecture import FILL_MASK, SEQUENCE_CLASSIFICATION, Architecture, Weights
 from jaxembed.blocks import BERT_WEIGHTS, OLD_NORM_NAMES, BertConfig, BertEmbeddings, PostNormEncoder, linear_weights
 from jaxembed.heads import classifier_head, masked_lm_head
-from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION, Architecture, Weights
 
 __all__ = ["ARCHITECTURE", "Config", "build"]
 

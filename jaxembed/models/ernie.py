@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxembed.architecture import Architecture, Weight, Weights
 from jaxembed.blocks import BERT_WEIGHTS, OLD_NORM_NAMES, BertConfig, BertEmbeddings, PostNormEncoder
 from jaxembed.heads import BERT_HEADS
 from jaxembed.layers import Embedding
 from jaxembed.tokens import Tokens
-from jaxembed.types import Architecture, Weight, Weights
 
 __all__ = ["ARCHITECTURE", "Config", "Embeddings", "build"]
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from jaxembed.architecture import Architecture
 from jaxembed.decoder import (
     DECODER_IGNORED,
     DECODER_PREFIXES,
@@ -18,7 +19,6 @@ from jaxembed.decoder import (
     windows_of,
 )
 from jaxembed.errors import UnsupportedModelError
-from jaxembed.types import Architecture
 
 __all__ = ["ARCHITECTURE", "Config"]
 

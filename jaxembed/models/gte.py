@@ -14,6 +14,7 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jaxembed.architecture import FILL_MASK, SEQUENCE_CLASSIFICATION, Architecture, Weight, Weights
 from jaxembed.blocks import linear_weights, norm_weights
 from jaxembed.configs import check_heads, read_fields
 from jaxembed.errors import UnsupportedModelError
@@ -22,7 +23,6 @@ from jaxembed.heads import classifier_head, masked_lm_head
 from jaxembed.layers import activation
 from jaxembed.rotary import Rotary, read_rotary
 from jaxembed.tokens import Tokens
-from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION, Architecture, Weight, Weights
 
 __all__ = ["ARCHITECTURE", "Config", "Gte"]
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jaxembed.architecture import Architecture, Weight, Weights
 from jaxembed.attention import attention
 from jaxembed.blocks import BertConfig, PostNormLayer, bert_layer_weights, linear_weights, norm_weights
 from jaxembed.configs import check_heads, read_fields
@@ -24,7 +25,6 @@ from jaxembed.gated import GatedLayer, GatedMLP, WordEmbeddings
 from jaxembed.layers import LayerNorm, activation
 from jaxembed.rotary import Turn
 from jaxembed.tokens import Rows, Tokens
-from jaxembed.types import Architecture, Weight, Weights
 
 __all__ = ["ARCHITECTURE", "Config", "JinaBert"]
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxembed.architecture import Architecture, Layout, Weight, Weights
 from jaxembed.attention import attention
 from jaxembed.blocks import linear_weights, norm_weights
 from jaxembed.configs import check_heads, read_fields
@@ -26,7 +27,6 @@ from jaxembed.errors import UnsupportedModelError
 from jaxembed.layers import Embedding, LayerNorm, Linear, activation, matmul, parameter
 from jaxembed.rotary import Rotary, Turn, read_rotary
 from jaxembed.tokens import Tokens
-from jaxembed.types import Architecture, Layout, Weight, Weights
 
 __all__ = ["ARCHITECTURE", "ORIGINAL", "Config", "JinaV3"]
 

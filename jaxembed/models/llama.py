@@ -5,8 +5,8 @@ Reference: transformers' `LlamaModel`. Proven on random configurations.
 
 from dataclasses import dataclass
 
+from jaxembed.architecture import Architecture
 from jaxembed.decoder import DECODER_IGNORED, DECODER_PREFIXES, DECODER_WEIGHTS, Decoder, DecoderConfig
-from jaxembed.types import Architecture
 
 __all__ = ["ARCHITECTURE", "Config"]
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jaxembed.architecture import Architecture
 from jaxembed.decoder import DECODER_IGNORED, DECODER_PREFIXES, DECODER_WEIGHTS, Decoder, DecoderConfig
 from jaxembed.errors import UnsupportedModelError
-from jaxembed.types import Architecture
 
 __all__ = ["ARCHITECTURE", "Config"]
 

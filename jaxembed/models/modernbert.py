@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jaxembed.architecture import FILL_MASK, SEQUENCE_CLASSIFICATION, Architecture, Head, Weight, Weights
 from jaxembed.attention import attention
 from jaxembed.blocks import linear_weights, norm_weights
 from jaxembed.configs import check_heads, read_fields
@@ -23,7 +24,7 @@ from jaxembed.heads import Classifier, MaskedLM, count_labels, shares_word_table
 from jaxembed.layers import Embedding, LayerNorm, Linear, activation
 from jaxembed.rotary import Rotary, Turn, read_rotary
 from jaxembed.tokens import Rows, Tokens
-from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION, Architecture, Head, PoolingMode, Weight, Weights
+from jaxembed.types import PoolingMode
 
 __all__ = ["ARCHITECTURE", "Config", "ModernBert"]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from jaxtyping import Array, Float
 
+from jaxembed.architecture import FILL_MASK, SEQUENCE_CLASSIFICATION, Architecture, Weight, Weights
 from jaxembed.blocks import (
     BERT_EMBEDDINGS_WEIGHTS,
     BertConfig,
@@ -21,7 +22,6 @@ from jaxembed.errors import UnsupportedModelError
 from jaxembed.heads import classifier_head, masked_lm_head
 from jaxembed.relative import DistanceBias
 from jaxembed.tokens import Tokens
-from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION, Architecture, Weight, Weights
 
 __all__ = ["ARCHITECTURE", "Config", "MPNet"]
 

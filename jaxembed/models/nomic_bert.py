@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jaxembed.architecture import Architecture, Weight, Weights
 from jaxembed.blocks import linear_weights, norm_weights
 from jaxembed.configs import check_heads, read_fields
 from jaxembed.errors import UnsupportedModelError
@@ -28,7 +29,6 @@ from jaxembed.gated import GatedLayer, GatedMLP, WordEmbeddings
 from jaxembed.layers import Linear, activation, matmul, parameter
 from jaxembed.rotary import Rotary, Turn, read_rotary
 from jaxembed.tokens import Rows, Tokens
-from jaxembed.types import Architecture, Weight, Weights
 
 __all__ = ["ARCHITECTURE", "Config", "NomicBert"]
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from jaxembed.architecture import Architecture
 from jaxembed.decoder import (
     DECODER_IGNORED,
     DECODER_PREFIXES,
@@ -19,7 +20,6 @@ from jaxembed.decoder import (
     WindowedConfig,
 )
 from jaxembed.errors import UnsupportedModelError
-from jaxembed.types import Architecture
 
 __all__ = ["ARCHITECTURE", "ORIGINAL", "Config"]
 

@@ -6,8 +6,8 @@ Reference: transformers' `Qwen3Model`. Proven on random configurations.
 from dataclasses import dataclass
 from typing import ClassVar
 
+from jaxembed.architecture import Architecture
 from jaxembed.decoder import DECODER_IGNORED, DECODER_PREFIXES, DECODER_WEIGHTS, Decoder, WindowedConfig
-from jaxembed.types import Architecture
 
 __all__ = ["ARCHITECTURE", "Config"]
 

@@ -7,9 +7,9 @@ computation, and the heads of their `...ForSequenceClassification` and `...ForMa
 
 from dataclasses import dataclass
 
+from jaxembed.architecture import FILL_MASK, SEQUENCE_CLASSIFICATION, Architecture
 from jaxembed.blocks import BERT_WEIGHTS, OLD_NORM_NAMES, BertConfig, BertEmbeddings, PostNormEncoder
 from jaxembed.heads import classifier_head, masked_lm_head
-from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION, Architecture
 
 __all__ = ["ARCHITECTURE", "Config", "build"]
 

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jaxembed.architecture import Architecture, Weight
 from jaxembed.configs import read_fields
 from jaxembed.layers import parameter
 from jaxembed.tokens import Tokens
-from jaxembed.types import Architecture, Weight
 
 __all__ = ["ARCHITECTURE", "Config", "SparseStaticEmbedding"]
 

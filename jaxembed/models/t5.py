@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jaxembed.architecture import Architecture, Weight, Weights
 from jaxembed.attention import attention
 from jaxembed.blocks import linear_weights, norm_weights
 from jaxembed.configs import read_fields
@@ -20,7 +21,6 @@ from jaxembed.errors import UnsupportedModelError
 from jaxembed.layers import Embedding, Linear, RMSNorm, activation
 from jaxembed.relative import DistanceBias
 from jaxembed.tokens import Rows, Tokens
-from jaxembed.types import Architecture, Weight, Weights
 
 __all__ = ["ARCHITECTURE", "Config", "T5Encoder"]
 

@@ -25,7 +25,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from jaxembed.buckets import Ladder, Row, pack
+from jaxembed.buckets import Ladder
+from jaxembed.packing import Row, pack
 from jaxembed.types import Batch, Bucket, Column, Encoding
 from jaxembed_server.errors import NotReadyError, QueueFullError
 from jaxembed_server.fair_queue import FairQueue, Flow, Waiting

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+from jaxembed.architecture import FILL_MASK, SEQUENCE_CLASSIFICATION
 from jaxembed.checkpoint import Checkpoint
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.matryoshka import Matryoshka, Policy
 from jaxembed.refinement import Ahead, not_ahead
 from jaxembed.tokenizer import Tokenizer
-from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION, Bucket
+from jaxembed.types import Bucket
 from jaxembed_server import batcher, refiner
 from jaxembed_server.config import ServerConfig
 

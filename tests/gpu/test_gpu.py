@@ -14,7 +14,7 @@ from parity import cosines
 
 from jaxembed import Bucket, Embedder, Ladder, make_mesh
 from jaxembed.attention import FUSED_LENGTH, Kernels, attention, right_padded
-from jaxembed.buckets import Row, pack
+from jaxembed.packing import Row, pack
 from jaxembed.tokens import Rows
 from jaxembed.types import Batch, Encoding
 from jaxembed.warmup import warm

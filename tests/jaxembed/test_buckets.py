@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxembed.buckets import DISPATCH_TOKENS, Ladder, Row, pack, work
+from jaxembed.buckets import DISPATCH_TOKENS, Ladder, work
 from jaxembed.errors import BucketError
+from jaxembed.packing import Row, pack
 from jaxembed.types import Bucket, Column, Encoding
 
 buckets = st.builds(Bucket, st.integers(1, 9), st.integers(1, 40), st.just(0))

@@ -13,9 +13,10 @@ import pytest
 from jaxembed import Bucket, Embedder, Ladder, compile_process, make_mesh
 from jaxembed.cache import Cache
 from jaxembed.compile_process import Task, compile_beside
-from jaxembed.engine import Engine, full
+from jaxembed.engine import Engine
 from jaxembed.executables import facts, has
 from jaxembed.loading import load
+from jaxembed.packing import full
 from jaxembed.processes import python_command
 from jaxembed.types import Output
 from jaxembed.warmup import use_cache

@@ -14,12 +14,13 @@ import pytest
 from parity import save_checkpoint, tiny_bert
 
 from jaxembed import Bucket, Embedder, Ladder, make_mesh
-from jaxembed.attention import FUSED_LENGTH
-from jaxembed.buckets import DISPATCH_TOKENS, Row, pack
-from jaxembed.engine import MAX_BATCH_TOKENS, OTHER_DISPATCH_TOKENS, Engine, compiler_options, full
+from jaxembed.buckets import DISPATCH_TOKENS
+from jaxembed.engine import MAX_BATCH_TOKENS, OTHER_DISPATCH_TOKENS, Engine
 from jaxembed.errors import BucketError
-from jaxembed.loading import Model, load
+from jaxembed.loading import load
 from jaxembed.locks import SharedLock
+from jaxembed.model import Model
+from jaxembed.packing import Row, full, pack
 from jaxembed.tokens import Tokens
 from jaxembed.types import Column, Encoding
 
@@ -262,17 +263,6 @@ def test_rows_of_padding_are_finite(engine: Engine) -> None:
     """They are thrown away, but a debugger that looks for NaN must not stop at them."""
     all_rows = dataclasses.replace(pack(BUCKET, [row(3)]), owners=np.arange(BUCKET.batch_size))
     assert np.isfinite(engine.run(all_rows)).all()
-
-
-def test_what_xla_is_told_on_a_gpu(tiny_folder: Path) -> None:
-    """No trying out of Triton's kernels, which takes long, where they are no faster; nothing on other platforms."""
-    flag = "xla_gpu_enable_triton_gemm"
-    single, half = (load(tiny_folder, dtype=dtype) for dtype in ("float32", "bfloat16"))
-    few, many = Bucket(4, FUSED_LENGTH - 1), Bucket(4, FUSED_LENGTH)
-    assert compiler_options(half, "gpu", few) == {flag: True}
-    assert compiler_options(half, "gpu", many) == {flag: False}
-    assert compiler_options(single, "gpu", few) == compiler_options(single, "gpu", many) == {flag: False}
-    assert compiler_options(half, "cpu", few) is compiler_options(half, "tpu", many) is None
 
 
 def test_a_dispatch_costs_more_elsewhere(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

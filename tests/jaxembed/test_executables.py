@@ -10,11 +10,12 @@ import pytest
 from parity import save_checkpoint, tiny_bert
 
 from jaxembed import Bucket, Ladder, executables, make_mesh
-from jaxembed.buckets import Row, pack
 from jaxembed.cache import Cache
 from jaxembed.engine import Engine
 from jaxembed.executables import facts
-from jaxembed.loading import Model, load
+from jaxembed.loading import load
+from jaxembed.model import Model
+from jaxembed.packing import Row, pack
 from jaxembed.types import Encoding, Output
 
 BUCKET = Bucket(2, 8)

@@ -15,12 +15,14 @@ from parity import TINY, TOLERANCE, randomise, save_checkpoint, tiny_bert
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, PreTrainedModel
 
+from jaxembed.architecture import FILL_MASK, SEQUENCE_CLASSIFICATION
 from jaxembed.errors import UnsupportedModelError, WeightsError
 from jaxembed.heads import count_labels
-from jaxembed.loading import Model, load
+from jaxembed.loading import load
+from jaxembed.model import Model
 from jaxembed.sharding import make_mesh
 from jaxembed.tokens import Tokens
-from jaxembed.types import FILL_MASK, SEQUENCE_CLASSIFICATION, Output
+from jaxembed.types import Output
 
 
 def logits(model: Model, tokens: Tokens) -> np.ndarray:

@@ -19,8 +19,9 @@ from transformers import BertForMaskedLM, BertModel
 from jaxembed.blocks import BERT_WEIGHTS
 from jaxembed.checkpoint import Checkpoint
 from jaxembed.errors import CorruptCheckpointError, UnsupportedModelError, WeightsError
-from jaxembed.loading import Model, load
+from jaxembed.loading import load
 from jaxembed.memory import ALIGNED
+from jaxembed.model import Model
 from jaxembed.models import REGISTRY, bert
 from jaxembed.sharding import MODEL, make_mesh
 from jaxembed.tensors import Tensors

@@ -15,7 +15,7 @@ from parity import cosines
 from sentence_transformers import SentenceTransformer
 
 from jaxembed import Bucket, Embedder, Ladder, make_mesh
-from jaxembed.buckets import Row, pack
+from jaxembed.packing import Row, pack
 
 MIN_COSINE = 0.99999
 MAX_DIFFERENCE = 2e-6

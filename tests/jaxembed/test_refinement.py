@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from jaxembed import Bucket, Embedder, Ladder, make_mesh
-from jaxembed.buckets import Row, pack
 from jaxembed.cost import Cost
-from jaxembed.engine import Engine, full
+from jaxembed.engine import Engine
 from jaxembed.errors import BucketError
 from jaxembed.loading import load
+from jaxembed.packing import Row, full, pack
 from jaxembed.refinement import Histogram, refine
 from jaxembed.runner import Runner
 from jaxembed.types import Output

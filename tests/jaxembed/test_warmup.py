@@ -13,7 +13,8 @@ from jaxembed import Bucket, Ladder, make_mesh, warmup
 from jaxembed.engine import Compiled, Engine
 from jaxembed.errors import CompileError, WrongNumbersError
 from jaxembed.executables import KIND
-from jaxembed.loading import Model, load
+from jaxembed.loading import load
+from jaxembed.model import Model
 from jaxembed.warmup import cache_folder, main, use_cache, warm
 
 LADDER = Ladder([Bucket(1, 8), Bucket(2, 8), Bucket(1, 16)])

@@ -19,8 +19,8 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 from jaxembed import Bucket, Embedder, Ladder, loading, make_mesh
-from jaxembed.buckets import Row, pack
 from jaxembed.errors import UnsupportedModelError
+from jaxembed.packing import Row, pack
 from jaxembed_server.cli import main
 from jaxembed_server.config import ServerConfig, from_sources
 from jaxembed_server.model import Loaded, load_model

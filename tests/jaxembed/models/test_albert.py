@@ -7,9 +7,9 @@ import pytest
 from parity import SIZES, TINY, save_checkpoint
 from transformers import AlbertConfig, AlbertForPreTraining, AlbertForSequenceClassification, AlbertModel
 
+from jaxembed.architecture import Weight
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.models.albert import ARCHITECTURE, Config
-from jaxembed.types import Weight
 from jaxembed.weights import checkpoint_name
 
 SMALL = SIZES | {"embedding_size": 12}

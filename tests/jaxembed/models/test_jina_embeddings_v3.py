@@ -16,7 +16,8 @@ from safetensors.numpy import load_file, save_file
 from transformers import JinaEmbeddingsV3Config, JinaEmbeddingsV3ForMaskedLM, JinaEmbeddingsV3Model, PreTrainedModel
 
 from jaxembed.errors import UnsupportedModelError
-from jaxembed.loading import Model, load
+from jaxembed.loading import load
+from jaxembed.model import Model
 from jaxembed.models import architecture
 from jaxembed.models.jina_embeddings_v3 import ARCHITECTURE, ORIGINAL, Config
 from jaxembed.tokens import Tokens
