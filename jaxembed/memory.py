@@ -1,7 +1,8 @@
-"""Memory of the process, as the system sees it."""
+"""Memory of the process: in large blocks, given back to the system, and taken for lasting."""
 
 import ctypes
 import functools
+import gc
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Arena", "give_back"]
+__all__ = ["Arena", "give_back", "settle"]
 
 ALIGNED = 64
 """JAX on CPU takes an array over as it is where it begins at a multiple of so many bytes."""
@@ -38,6 +39,19 @@ class Arena:
         found = self._chunk[self._used : self._used + size].view(dtype).reshape(shape)
         self._used += -(-size // ALIGNED) * ALIGNED
         return found
+
+
+def settle() -> None:
+    """Take what there is now for lasting, and give back what was freed.
+
+    Python's garbage collector goes through all objects now and then, with the interpreter's lock held: some 0.1 s where
+    JAX is loaded, in which a server answers nothing (docs/performance.md). It leaves out what was there at the last
+    call. This itself is such a pause. Safe to call from any thread.
+    """
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+    give_back()
 
 
 def give_back() -> None:

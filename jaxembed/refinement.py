@@ -37,20 +37,21 @@ class Histogram:
     """
 
     def __init__(self, max_length: int) -> None:
-        self._counts = np.zeros(max_length + 1, np.int64)
+        # No array: most requests are of a text or two.
+        self._counts = [0] * (max_length + 1)
         self._lock = threading.Lock()
 
     def add(self, lengths: Iterable[int]) -> None:
         """Count some inputs."""
-        found = np.bincount(np.fromiter(lengths, np.int64), minlength=len(self._counts))
         with self._lock:
-            self._counts += found
+            for length in lengths:
+                self._counts[length] += 1
 
     @property
     def counts(self) -> npt.NDArray[np.int64]:
         """int64 [max_length + 1]: inputs of each length from 0 on."""
         with self._lock:
-            return self._counts.copy()
+            return np.array(self._counts, np.int64)
 
 
 @runtime_checkable

@@ -16,6 +16,7 @@ from hypercorn.asyncio.run import worker_serve
 from hypercorn.config import Sockets
 from hypercorn.utils import wrap_app
 
+from jaxembed import memory
 from jaxembed_server.app import create_app
 from jaxembed_server.channel import Channel, Kind
 from jaxembed_server.cli import event_loop, hypercorn_settings, logging_to_stderr
@@ -57,6 +58,7 @@ async def serve(config: ServerConfig, channel: Channel, listening: socket.socket
     async def until_ended() -> None:
         await service.ended.wait()
 
+    memory.settle()
     await worker_serve(app, settings, sockets=Sockets([], [listening], []), shutdown_trigger=until_ended)
     channel.close()
     if service.orphaned:

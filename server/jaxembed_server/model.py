@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+from jaxembed import memory
 from jaxembed.architecture import FILL_MASK, SEQUENCE_CLASSIFICATION
 from jaxembed.checkpoint import Checkpoint
 from jaxembed.errors import UnsupportedModelError
@@ -96,6 +97,7 @@ def load_model(config: ServerConfig, progress: Progress) -> Loaded:
         override=config.matryoshka_dimensions,
     )
     tasks, ahead = embedder.model.tasks, partial(compile_beside, engine)
+    memory.settle()
     return Loaded(checkpoint, embedder.tokenizer, engine, matryoshka, tasks, ladder.buckets, ahead)
 
 

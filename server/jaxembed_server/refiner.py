@@ -121,7 +121,7 @@ class Refiner:
         return True
 
     def _tidy(self) -> None:
-        """Give back the memory of compilations, and of the shapes before once nobody runs them."""
+        """Give back the memory of compilations, and of the shapes before once nobody runs them; the rest is to stay."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed, SETTLING)
-        memory.give_back()
+        memory.settle()

@@ -1,8 +1,10 @@
 """Memory given back to the system, and C libraries that have no call for it."""
 
 import ctypes
+import gc
 import platform
 import resource
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,6 +48,34 @@ def test_what_was_freed_goes_back() -> None:
     memory.give_back()
     assert before - resident() > BLOCKS * SIZE / 2
     libc.free(last)
+
+
+class Knot:
+    """Refers to itself: only the collector can free it."""
+
+    def __init__(self) -> None:
+        self.own = self
+
+
+@pytest.fixture
+def unfrozen() -> Iterator[None]:
+    """Leave the collector as it was."""
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("unfrozen")
+def test_what_lasts_is_looked_at_no_more() -> None:
+    """By a collection, which has little to do then; but by the next `settle`, for by then some of it may be garbage."""
+    knot = Knot()
+    seen = weakref.ref(knot)
+    memory.settle()
+    assert gc.get_freeze_count() > len(gc.get_objects())
+    del knot
+    gc.collect()
+    assert seen() is not None
+    memory.settle()
+    assert seen() is None
 
 
 def test_another_c_library_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
