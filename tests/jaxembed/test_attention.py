@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxembed import attention as attention_module
-from jaxembed import make_mesh
+from jaxembed import make_mesh, plain_attention
 from jaxembed.attention import FUSED_LENGTH, Kernels, attention, fused_attention, fused_width, right_padded
 from jaxembed.tokens import Rows
 
@@ -168,7 +167,7 @@ def test_gradients_in_blocks() -> None:
 
     got = jax.jit(jax.grad(total, (0, 1, 2)))(q, k, v)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_module, "BLOCKS_WORTH", 0.0)
+        patch.setattr(plain_attention, "BLOCKS_WORTH", 0.0)
         wanted = jax.jit(jax.grad(lambda *x: total(*x), (0, 1, 2)))(q, k, v)
     for ours, theirs in zip(got, wanted, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
