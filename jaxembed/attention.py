@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from jaxembed.plain_attention import attention_in_blocks, in_blocks_pays, places, plain_attention
+from jaxembed.sharding import platform
 from jaxembed.tokens import Rows
 
 __all__ = ["FUSED_LENGTH", "Kernels", "attention", "right_padded"]
@@ -111,15 +112,14 @@ class Kernels(NamedTuple):
             mesh: the devices.
             dtype: of the products' operands.
         """
-        devices = list(mesh.devices.flat)
-        platform, fused, rows = devices[0].platform, 0, False
-        if platform == "gpu":
-            fused = fused_width([device.compute_capability for device in devices])
-        if platform == "tpu":
+        kind, fused, rows = platform(mesh), 0, False
+        if kind == "gpu":
+            fused = fused_width([device.compute_capability for device in mesh.devices.flat])
+        if kind == "tpu":
             # Only there: Pallas takes half a second and 22 MB.
             from jaxembed.row_attention import row_attention_works
 
-            rows = row_attention_works(devices[0], dtype)
+            rows = row_attention_works(mesh.devices.flat[0], dtype)
         return cls(mesh, fused, rows)
 
 

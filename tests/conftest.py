@@ -3,6 +3,7 @@
 `make test-gpu` asks for other devices by JAXEMBED_TEST_PLATFORMS. Knows only the library; the server's tests share it.
 """
 
+import gc
 import importlib.util
 import os
 import pkgutil
@@ -37,6 +38,13 @@ from jaxembed.warmup import use_cache  # noqa: E402
 # Examples are the same on every run, and no test depends on how fast the machine is.
 hypothesis.settings.register_profile("jaxembed", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("jaxembed")
+
+
+@pytest.fixture(autouse=True)
+def collected() -> Iterator[None]:
+    """What was taken for lasting (`memory.settle`) is garbage after its test, like everything else."""
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -57,14 +57,6 @@ class Knot:
         self.own = self
 
 
-@pytest.fixture
-def unfrozen() -> Iterator[None]:
-    """Leave the collector as it was."""
-    yield
-    gc.unfreeze()
-
-
-@pytest.mark.usefixtures("unfrozen")
 def test_what_lasts_is_looked_at_no_more() -> None:
     """By a collection, which has little to do then; but by the next `settle`, for by then some of it may be garbage."""
     knot = Knot()

@@ -1,19 +1,11 @@
 """Fixtures with real servers; the class is in servers.py, what stands in for an engine in fakes.py."""
 
-import gc
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from servers import Server
-
-
-@pytest.fixture(autouse=True)
-def collected() -> Iterator[None]:
-    """What a server in this process took for lasting is garbage after its test, like everything else."""
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
