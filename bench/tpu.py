@@ -17,10 +17,10 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from bench.report import header, publish, table
-from jaxembed.attention import Kernels
 from jaxembed.buckets import Ladder
 from jaxembed.checkpoint import DEFAULT_MODEL
 from jaxembed.engine import OTHER_BATCH_TOKENS
+from jaxembed.kernels import Kernels
 from jaxembed.loading import DTYPES, load
 from jaxembed.model import Model
 from jaxembed.program import lower
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     for bucket in fullest(model.max_length, options.chips):
         for name, kernel in (("XLA's", False), ("one kernel", True)):
-            rows.append([str(bucket), name, *compiled(model, bucket, Kernels(mesh, fused=0, rows=kernel), chip)])
+            rows.append([str(bucket), name, *compiled(model, bucket, Kernels(mesh, rows=kernel), chip)])
             print(*rows[-1], file=sys.stderr)
     versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "jaxlib", "libtpu"))
     text = "\n\n".join(

@@ -3,27 +3,23 @@
 Chosen while a function is traced: by platform, dtype, length and kind. Letters in shapes are those of `layers`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
+from jaxembed import cpu_kernels
+from jaxembed.kernels import available
 from jaxembed.plain_attention import attention_in_blocks, in_blocks_pays, places, plain_attention
-from jaxembed.sharding import platform
 from jaxembed.tokens import Rows
 
-__all__ = ["FUSED_LENGTH", "Kernels", "attention", "right_padded"]
+__all__ = ["FUSED_LENGTH", "attention"]
 
 FUSED_LENGTH = 64
 """Tokens from which the fused kernel is faster than XLA's products (docs/performance.md)."""
-
-RIGHT_PADDED: ContextVar["Kernels | None"] = ContextVar("RIGHT_PADDED", default=None)
 
 
 def attention(
@@ -42,10 +38,11 @@ def attention(
 ) -> Float[Array, "L M ND"]:
     """Scaled dot-product attention, softmax(Q K^T * scale + bias) V (https://arxiv.org/abs/1706.03762).
 
-    Without bias and under `right_padded`, by a kernel that never writes the scores, if there is one that takes it: on a
+    Without bias and under `right_padded`, by a kernel that never writes all scores, if there is one that takes it: on a
     GPU cuDNN's, in bfloat16, for rows of `FUSED_LENGTH` tokens and more, without a window to both sides; on TPU
-    `row_attention`. Otherwise by `plain_attention`; where there is a window that is short beside the row, of blocks of
-    queries with the keys around them.
+    `row_attention`; on one CPU, in float32, without places that hide a key, that of `cpu_kernels`, which takes rows as
+    they lie. Otherwise by `plain_attention`; where there is a window that is short beside the row, of blocks of queries
+    with the keys around them.
 
     Args:
         query, key, value: heads side by side in the last axis, float32.
@@ -63,19 +60,23 @@ def attention(
         float32, heads side by side again.
     """
     heads = (num_heads, num_key_value_heads or num_heads)
-    query, key, value = (rows.apart(x) for x in (query, key, value))
-    length, width = query.shape[1], query.shape[2] // num_heads
+    length, width = rows.length, query.shape[2] // num_heads
     scale = float(width) ** -0.5 if scale is None else scale
     if window is not None and window >= length - 1:
         # Every key is near.
         window = None
+    kernels = available()
+    if kernels is not None and kernels.cpu_tokens and bias is None and not causal and window is None:
+        if dtype == jnp.float32 and width % cpu_kernels.panel() == 0:
+            places_of = (rows.starts, rows.lengths, jnp.sum(rows.mask, axis=1, dtype=jnp.int32))
+            return cpu_kernels.attention(query, key, value, *places_of, head_dim=width, scale=scale)
+    query, key, value = (rows.apart(x) for x in (query, key, value))
     plain = partial(plain_attention, heads=heads, dtype=dtype, scale=scale)
     if bias is None and window is not None and in_blocks_pays(length, causal, window):
         plain = partial(attention_in_blocks, plain, causal=causal, window=window)
     else:
         plain = partial(plain, bias=bias, near=places(length, length, causal, window), blind=window is not None)
     by_platform: dict[str, Callable[..., jax.Array]] = {}
-    kernels = RIGHT_PADDED.get()
     if kernels is not None and bias is None:
         kind: dict[str, Any] = {"heads": heads, "scale": scale, "causal": causal, "window": window}
         if fused_attention_takes(length, width, dtype, causal, window) and width <= kernels.fused:
@@ -89,63 +90,6 @@ def attention(
         return rows.together(plain(query, key, value, rows.mask))
     mixed: jax.Array = jax.lax.platform_dependent(query, key, value, rows.mask, default=plain, **by_platform)
     return rows.together(mixed)
-
-
-class Kernels(NamedTuple):
-    """What can compute attention on the devices of a mesh, beside XLA.
-
-    Attributes:
-        mesh: the devices.
-        fused: features of the widest head that cuDNN's fused attention takes there; 0 if it takes none.
-        rows: whether `row_attention` works there.
-    """
-
-    mesh: Mesh
-    fused: int
-    rows: bool
-
-    @classmethod
-    def on(cls, mesh: Mesh, dtype: str) -> "Kernels":
-        """Find out. Not while anything is traced: on TPU it is tried.
-
-        Args:
-            mesh: the devices.
-            dtype: of the products' operands.
-        """
-        kind, fused, rows = platform(mesh), 0, False
-        if kind == "gpu":
-            fused = fused_width([device.compute_capability for device in mesh.devices.flat])
-        if kind == "tpu":
-            # Only there: Pallas takes half a second and 22 MB.
-            from jaxembed.row_attention import row_attention_works
-
-            rows = row_attention_works(mesh.devices.flat[0], dtype)
-        return cls(mesh, fused, rows)
-
-
-@contextmanager
-def right_padded(kernels: Kernels) -> Iterator[None]:
-    """While a function is traced in here, each mask holds the first tokens of its rows, as it does for every Batch.
-
-    Kernels that are told how many keys there are, and not which, may then be used.
-    """
-    before = RIGHT_PADDED.set(kernels)
-    try:
-        yield
-    finally:
-        RIGHT_PADDED.reset(before)
-
-
-def fused_width(capabilities: Sequence[str]) -> int:
-    """Features of the widest head that cuDNN's fused attention takes; 0 if it takes none.
-
-    Args:
-        capabilities: of each GPU, such as "9.0".
-    """
-    least = min(map(float, capabilities))
-    if least < 8.0:
-        return 0
-    return 128 if least < 9.0 else 256
 
 
 def fused_attention_takes(length: int, width: int, dtype: jnp.dtype, causal: bool, window: int | None) -> bool:

@@ -15,7 +15,7 @@ from jaxembed.architecture import Weight, Weights
 from jaxembed.attention import attention
 from jaxembed.configs import check_heads, read_fields
 from jaxembed.errors import UnsupportedModelError
-from jaxembed.layers import Embedding, LayerNorm, Linear, activation
+from jaxembed.layers import Embedding, LayerNorm, Linear, activation, linears
 from jaxembed.tokens import Rows, Tokens
 
 __all__ = [
@@ -142,7 +142,7 @@ class PostNormLayer(nnx.Module):
         self.up = Linear((width, inner), ("embed", "mlp"), dtype)
         self.down = Linear((inner, width), ("mlp", "embed"), dtype)
         self.output_norm = LayerNorm(width, eps)
-        self.activation = activation(act)
+        self.act = act
         self.num_heads = num_heads
         self.dtype = jnp.dtype(dtype)
 
@@ -150,11 +150,10 @@ class PostNormLayer(nnx.Module):
         self, x: Float[Array, "L M D"], rows: Rows, bias: Float[Array, "_ N T T"] | None = None
     ) -> Float[Array, "L M D"]:
         """`bias` is added to the attention scores."""
-        mixed = attention(
-            self.query(x), self.key(x), self.value(x), rows, num_heads=self.num_heads, dtype=self.dtype, bias=bias
-        )
+        query, key, value = linears(x, [self.query, self.key, self.value])
+        mixed = attention(query, key, value, rows, num_heads=self.num_heads, dtype=self.dtype, bias=bias)
         x = self.attention_norm(x + self.output(mixed))
-        return self.output_norm(x + self.down(self.activation(self.up(x))))
+        return self.output_norm(x + self.down(self.up(x, self.act)))
 
 
 class PostNormEncoder(nnx.Module):

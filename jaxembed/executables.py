@@ -8,10 +8,7 @@ dependencies' versions, and the machine.
 import logging
 import os
 import pickle
-import platform
 from collections.abc import Callable
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +16,8 @@ from jax.experimental.serialize_executable import deserialize_and_load, serializ
 from jax.sharding import Mesh
 
 from jaxembed.cache import Cache
+from jaxembed.cpu_kernels import host_cpu
+from jaxembed.kernel_choice import kernels_on
 from jaxembed.model import Model
 from jaxembed.types import Bucket, Output
 
@@ -77,10 +76,10 @@ def facts(model: Model, output: Output) -> tuple[Any, ...]:
     leaves = zip(model.paths, model.leaves, strict=True)
     specs = [(path, leaf.shape, str(leaf.dtype), str(leaf.sharding)) for path, leaf in leaves]
     said = (checkpoint.config, checkpoint.modules, checkpoint.normalize, checkpoint.head, checkpoint.late)
-    return (said, model.dtype, model.head, model.tasks, model.left_out, specs, output, target(model.mesh))
+    return (said, model.dtype, model.head, model.tasks, model.left_out, specs, output, target(model.mesh, model.dtype))
 
 
-def target(mesh: Mesh) -> tuple[Any, ...]:
+def target(mesh: Mesh, dtype: str) -> tuple[Any, ...]:
     """What is compiled for."""
     devices = list(mesh.devices.flat)
     first = devices[0]
@@ -94,15 +93,7 @@ def target(mesh: Mesh) -> tuple[Any, ...]:
         dict(mesh.shape),
         [device.id for device in devices],
         host,
+        # By attributes, but for the mesh itself.
+        kernels_on(mesh, dtype)[1:],
         settings,
     )
-
-
-@lru_cache(maxsize=1)
-def host_cpu() -> str:
-    """The CPU and what it can do: machine code for one may be illegal on another."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().split("\n\n", 1)[0].splitlines() if info.is_file() else []
-    told = [line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))]
-    # XLA shares the work out among the cores that there are.
-    return "\n".join([platform.machine(), platform.processor(), str(os.cpu_count()), *told])

@@ -5,14 +5,16 @@ residual stream, norms, softmax and biases are float32 always. Letters in shapes
 D width, N heads, H head width, F feed-forward, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxembed import cpu_kernels
 from jaxembed.errors import UnsupportedModelError
+from jaxembed.kernels import available
 
 __all__ = [
     "ACTIVATIONS",
@@ -22,6 +24,7 @@ __all__ = [
     "RMSNorm",
     "activation",
     "linear",
+    "linears",
     "matmul",
     "parameter",
 ]
@@ -102,9 +105,29 @@ class Linear(nnx.Module):
         self.kernel = parameter(size[::-1], axes[::-1], dtype)
         self.bias = parameter(size[1:], axes[1:]) if bias else None
 
-    def __call__(self, x: Float[Array, "B T In"]) -> Float[Array, "B T Out"]:
-        y = linear(x, self.kernel[...])
-        return y if self.bias is None else y + self.bias[...][None, None]
+    def __call__(self, x: Float[Array, "B T In"], act: str | None = None) -> Float[Array, "B T Out"]:
+        """`act`: one of `ACTIVATIONS`, for y."""
+        return linears(x, [self], act)[0]
+
+
+def linears(
+    x: Float[Array, "B T In"], layers: Sequence[Linear], act: str | None = None
+) -> tuple[Float[Array, "B T _"], ...]:
+    """What each of these layers makes of the same x, and an activation of that.
+
+    Few tokens are left to `cpu_kernels`, where there are some: they read a kernel as it lies, and bias and activation
+    are no passes of their own.
+    """
+    kernels = available()
+    matrices = [(layer.kernel[...], None if layer.bias is None else layer.bias[...]) for layer in layers]
+    if kernels is not None and 0 < x.shape[0] * x.shape[1] <= kernels.cpu_tokens:
+        inside = act if act in cpu_kernels.ACTIVATIONS else None
+        results = cpu_kernels.products(x, matrices, inside)
+        act = None if inside == act else act
+    else:
+        products = [(linear(x, kernel), bias) for kernel, bias in matrices]
+        results = tuple(y if bias is None else y + bias[None, None] for y, bias in products)
+    return results if act is None else tuple(map(activation(act), results))
 
 
 class Embedding(nnx.Module):

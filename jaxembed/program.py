@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxembed.attention import FUSED_LENGTH, Kernels, right_padded
+from jaxembed.attention import FUSED_LENGTH
+from jaxembed.kernel_choice import kernels_on
+from jaxembed.kernels import Kernels, right_padded
 from jaxembed.model import Model
 from jaxembed.packing import empty
 from jaxembed.sharding import batch_sharding, platform
@@ -19,7 +21,7 @@ __all__ = ["compile_shape", "compiler_options", "lower"]
 
 def compile_shape(model: Model, output: Output, bucket: Bucket) -> Any:
     """The executable of one shape, compiled now; the weights' shapes and shardings are enough."""
-    lowered = lower(model, output, bucket, Kernels.on(model.mesh, model.dtype))
+    lowered = lower(model, output, bucket, kernels_on(model.mesh, model.dtype))
     return lowered.compile(compiler_options=compiler_options(model.dtype, platform(model.mesh), bucket))
 
 

@@ -21,10 +21,12 @@ class Flat(NamedTuple):
     Attributes:
         line: the place in the line of each place of each row; behind a row's end that of some other token.
         places: the place among all places of rows, row * T + place, of each token in the line.
+        lengths: tokens of each row.
     """
 
     line: Int[Array, "B T"]
     places: Int[Array, " N"]
+    lengths: Int[Array, " B"]
 
 
 class Rows(NamedTuple):
@@ -56,7 +58,7 @@ class Rows(NamedTuple):
         row = jnp.minimum(jnp.sum(line[None] >= ends[:, None], axis=0, dtype=jnp.int32), len(lengths) - 1)
         place = jnp.minimum(line - starts[row], length - 1)
         there = jnp.minimum(starts[:, None] + places, tokens - 1)
-        return cls(places < seen[:, None], Flat(there, row * length + place))
+        return cls(places < seen[:, None], Flat(there, row * length + place, lengths))
 
     @property
     def length(self) -> int:
@@ -69,6 +71,18 @@ class Rows(NamedTuple):
         if self.flat is None:
             return jnp.arange(self.length, dtype=jnp.int32)[None]
         return (self.flat.places % self.length)[None]
+
+    @property
+    def starts(self) -> Int[Array, " B"]:
+        """The first token of each row, counted over all lines."""
+        batch, length = self.mask.shape
+        return jnp.arange(batch, dtype=jnp.int32) * length if self.flat is None else self.flat.line[:, 0]
+
+    @property
+    def lengths(self) -> Int[Array, " B"]:
+        """Tokens of each row, those of padding included that stand in its line."""
+        batch, length = self.mask.shape
+        return jnp.full(batch, length, jnp.int32) if self.flat is None else self.flat.lengths
 
     def apart(self, x: Shaped[Array, "L M *rest"]) -> Shaped[Array, "B T *rest"]:
         """What stands in lines, by rows. Behind a row's end anything may stand."""

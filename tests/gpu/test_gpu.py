@@ -13,7 +13,9 @@ import pytest
 from parity import cosines
 
 from jaxembed import Bucket, Embedder, Ladder, make_mesh
-from jaxembed.attention import FUSED_LENGTH, Kernels, attention, right_padded
+from jaxembed.attention import FUSED_LENGTH, attention
+from jaxembed.kernel_choice import kernels_on
+from jaxembed.kernels import right_padded
 from jaxembed.packing import Row, pack
 from jaxembed.tokens import Rows
 from jaxembed.types import Batch, Encoding
@@ -71,7 +73,7 @@ def test_each_kind_of_fused_attention(
     mask = np.arange(length) < lengths[:, None]
     call = partial(attention, num_heads=heads, num_key_value_heads=kv_heads, **options)
     wanted = np.asarray(jax.jit(partial(call, dtype=jnp.dtype("float32")))(q, k, v, Rows(mask)))
-    with right_padded(Kernels.on(make_mesh(jax.devices()[:1]), "bfloat16")):
+    with right_padded(kernels_on(make_mesh(jax.devices()[:1]), "bfloat16")):
         fused = jax.jit(partial(call, dtype=jnp.dtype("bfloat16"))).lower(q, k, v, Rows(mask)).compile()
     assert KERNEL in fused.as_text()
     got = np.asarray(fused(q, k, v, Rows(mask)))

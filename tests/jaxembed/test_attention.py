@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from jaxembed import make_mesh, plain_attention
-from jaxembed.attention import FUSED_LENGTH, Kernels, attention, fused_attention, fused_width, right_padded
+from jaxembed.attention import FUSED_LENGTH, attention, fused_attention
+from jaxembed.kernel_choice import fused_width
+from jaxembed.kernels import Kernels, right_padded
 from jaxembed.tokens import Rows
 
 FLOAT32 = jnp.dtype("float32")
@@ -233,7 +235,7 @@ def test_when_attention_is_fused(asked: list[Any], wanted: bool, options: dict[s
     mask = np.arange(length) < np.array([[length], [3]])
     call = jax.jit(partial(attention, **options))
     plain = call(q, k, v, Rows(mask))
-    with right_padded(Kernels(make_mesh(jax.devices()[:1]), fused=128, rows=False)) if right else nullcontext():
+    with right_padded(Kernels(make_mesh(jax.devices()[:1]), fused=128)) if right else nullcontext():
         # Traced anew: a new function.
         got = jax.jit(partial(attention, **options))(q, k, v, Rows(mask))
     assert bool(asked) == wanted

@@ -18,7 +18,9 @@ from jax.sharding import Mesh
 
 from jaxembed import make_mesh
 from jaxembed import row_attention as kernel
-from jaxembed.attention import Kernels, attention, right_padded
+from jaxembed.attention import attention
+from jaxembed.kernel_choice import kernels_on
+from jaxembed.kernels import Kernels, right_padded
 from jaxembed.row_attention import ALLOWED, KINDS, error, row_attention, row_attention_takes
 from jaxembed.tokens import Rows
 
@@ -105,7 +107,7 @@ def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
         q = np.zeros((2, 16, 128), np.float32)
         rows = Rows(np.ones((2, 16), bool))
         call = jax.jit(partial(attention, num_heads=2, dtype=BFLOAT16, **options))
-        with right_padded(Kernels(mesh, fused=0, rows=works)) if right else nullcontext():
+        with right_padded(Kernels(mesh, rows=works)) if right else nullcontext():
             traced = call.trace(q, q, q, rows)
         return "1.234500e+04" in traced.lower(lowering_platforms=(platform,)).as_text()
 
@@ -157,11 +159,11 @@ def test_kernels_of_a_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
     """None on CPU, where nothing is tried; on TPU what works there, on a GPU what its generation takes."""
 
     def found(device: Any) -> tuple[int, bool]:
-        return Kernels.on(Mock(Mesh, devices=np.array([[device]], object)), "float32")[1:]
+        return kernels_on(Mock(Mesh, devices=np.array([[device]], object)), "float32")[1:3]
 
     tried = []
     monkeypatch.setattr(kernel, "row_attention_works", lambda *asked: bool(tried.append(asked)) or True)
-    assert Kernels.on(make_mesh(jax.devices()[:1]), "float32")[1:] == (0, False)
+    assert kernels_on(make_mesh(jax.devices()[:1]), "bfloat16")[1:] == (0, False, 0)
     assert found(SimpleNamespace(platform="gpu", compute_capability="9.0")) == (256, False)
     assert not tried
     device = SimpleNamespace(platform="tpu")

@@ -1,0 +1,541 @@
+// Products with weights and attention for CPUs, in float32, called by XLA's executables. `cpu_kernels.py` compiles this
+// for the machine it runs on, so the compiler knows the vectors that there are.
+//
+// Letters: M tokens, K features of the input, N features of the output. Where it says panel, PANEL tokens lie beside each
+// other for one feature after the other: [features, PANEL].
+
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "xla/ffi/api/c_api.h"
+
+namespace {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Sizes
+// ---------------------------------------------------------------------------------------------------------------------
+
+#if defined(__AVX512F__)  // 32 registers
+constexpr size_t LANES = 16;
+constexpr size_t ROWS = 12;  // of a tile; with two vectors each these take 24 registers
+#else  // 16 registers
+constexpr size_t LANES = 8;
+constexpr size_t ROWS = 6;
+#endif
+constexpr size_t PANEL = 2 * LANES;
+constexpr size_t DEPTH = 384;   // features summed before a tile is put down: a panel's part stays in the first cache
+constexpr size_t BLOCK = 48;    // output features that one thread takes at a time: a multiple of ROWS
+constexpr size_t GROUP = 64 / PANEL;  // panels that one thread takes at a time
+constexpr size_t LINE = 16;     // numbers of a line of the cache
+constexpr size_t EIGHT = 8;
+
+typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
+typedef float Eight __attribute__((vector_size(EIGHT * sizeof(float))));
+typedef int32_t EightInts __attribute__((vector_size(EIGHT * sizeof(int32_t))));
+
+// At any address.
+template <class V> inline V load(const float* from) {
+  V value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+template <class V> inline void store(float* to, V value) { std::memcpy(to, &value, sizeof value); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Threads
+// ---------------------------------------------------------------------------------------------------------------------
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// Threads that help whoever calls. A call takes its share of the cores: all of them when it is alone, its own when as many
+// calls are under way as there are cores. Helpers look out for more work for a moment before they sleep, since the parts
+// of one model follow each other closely.
+class Crew {
+ public:
+  // Never destroyed: a helper may still look out when the process ends.
+  static Crew& get() {
+    static Crew* crew = new Crew;
+    return *crew;
+  }
+
+  template <class Work> void each(size_t count, bool large, const Work& work) {
+    size_t share = cores_ / std::max<size_t>(1, calls_.load(std::memory_order_relaxed));
+    size_t helpers = large && share > 1 && count > 1 ? std::min(share, count) - 1 : 0;
+    if (helpers == 0) {
+      for (size_t i = 0; i < count; i++) work(i);
+      return;
+    }
+    Job job(count, helpers, [](const void* data, size_t i) { (*static_cast<const Work*>(data))(i); }, &work);
+    publish(job);
+    job.run();
+    withdraw(job);
+  }
+
+  // A call is under way for as long as this lives.
+  class Call {
+   public:
+    Call() { get().calls_++; }
+    ~Call() { get().calls_--; }
+  };
+
+ private:
+  struct Job {
+    Job(size_t count, size_t places, void (*function)(const void*, size_t), const void* data)
+        : count(count), places(places), function(function), data(data) {}
+    void run() {
+      for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) function(data, i);
+    }
+    const size_t count;
+    size_t places;  // helpers that may still come; with the lock held
+    void (*const function)(const void*, size_t);
+    const void* const data;
+    std::atomic<size_t> next{0}, inside{0};
+  };
+
+  Crew() : cores_(std::max(1u, std::thread::hardware_concurrency())) {
+    for (size_t i = 1; i < cores_; i++) std::thread([this] { help(); }).detach();
+  }
+
+  void publish(Job& job) {
+    bool wake;
+    {
+      std::lock_guard<std::mutex> held(lock_);
+      jobs_.push_back(&job);
+      open_.store(jobs_.size(), std::memory_order_release);
+      wake = asleep_ > 0;
+    }
+    if (wake) job.places > 1 ? called_.notify_all() : called_.notify_one();
+  }
+
+  // Returns when nobody is at the job any more.
+  void withdraw(Job& job) {
+    {
+      std::lock_guard<std::mutex> held(lock_);
+      jobs_.erase(std::remove(jobs_.begin(), jobs_.end(), &job), jobs_.end());
+      open_.store(jobs_.size(), std::memory_order_release);
+    }
+    for (int turns = 0; job.inside.load(std::memory_order_acquire) > 0; turns++) turns < 4096 ? pause() : (void)sched_yield();
+  }
+
+  void help() {
+    for (;;) {
+      look_out();
+      Job* job = nullptr;
+      {
+        std::unique_lock<std::mutex> held(lock_);
+        if (jobs_.empty()) {
+          asleep_++;
+          called_.wait(held, [this] { return !jobs_.empty(); });
+          asleep_--;
+        }
+        for (Job* one : jobs_) {
+          if (one->places > 0) {
+            job = one;
+            job->places--;
+            job->inside++;
+            break;
+          }
+        }
+        if (!job) {
+          // Others are at all of them: the next look finds them gone, or more.
+          held.unlock();
+          sched_yield();
+          continue;
+        }
+      }
+      job->run();
+      job->inside.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  void look_out() {
+    auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(100);
+    while (open_.load(std::memory_order_acquire) == 0 && std::chrono::steady_clock::now() < until) {
+      for (int i = 0; i < 16; i++) pause();
+    }
+  }
+
+  const size_t cores_;
+  std::atomic<size_t> calls_{0}, open_{0};
+  std::mutex lock_;
+  std::condition_variable called_;
+  std::vector<Job*> jobs_;  // with the lock held
+  size_t asleep_ = 0;       // with the lock held
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Products
+// ---------------------------------------------------------------------------------------------------------------------
+
+// to[j, i] = from[i, j] for 8 x 8 numbers; `apart` is the distance of rows.
+inline void turn(const float* from, size_t from_apart, float* to, size_t to_apart) {
+  Eight a[8], b[8];
+  for (size_t i = 0; i < 8; i++) a[i] = load<Eight>(from + i * from_apart);
+  for (size_t i = 0; i < 8; i += 2) {
+    b[i] = __builtin_shufflevector(a[i], a[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    b[i + 1] = __builtin_shufflevector(a[i], a[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (size_t i = 0; i < 8; i += 4) {
+    a[i] = __builtin_shufflevector(b[i], b[i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+    a[i + 1] = __builtin_shufflevector(b[i], b[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    a[i + 2] = __builtin_shufflevector(b[i + 1], b[i + 3], 0, 1, 8, 9, 4, 5, 12, 13);
+    a[i + 3] = __builtin_shufflevector(b[i + 1], b[i + 3], 2, 3, 10, 11, 6, 7, 14, 15);
+  }
+  for (size_t i = 0; i < 4; i++) {
+    store(to + i * to_apart, __builtin_shufflevector(a[i], a[i + 4], 0, 1, 2, 3, 8, 9, 10, 11));
+    store(to + (i + 4) * to_apart, __builtin_shufflevector(a[i], a[i + 4], 4, 5, 6, 7, 12, 13, 14, 15));
+  }
+}
+
+// A panel of `tokens` rows of x, `apart` numbers from one another; zeros behind the last one.
+void fill_panel(const float* x, size_t apart, size_t tokens, size_t features, float* panel) {
+  size_t t = 0;
+  for (; t + 8 <= tokens; t += 8) {
+    size_t k = 0;
+    for (; k + 8 <= features; k += 8) turn(x + t * apart + k, apart, panel + k * PANEL + t, PANEL);
+    for (; k < features; k++) {
+      for (size_t i = 0; i < 8; i++) panel[k * PANEL + t + i] = x[(t + i) * apart + k];
+    }
+  }
+  for (; t < PANEL; t++) {
+    for (size_t k = 0; k < features; k++) panel[k * PANEL + t] = t < tokens ? x[t * apart + k] : 0.0f;
+  }
+}
+
+// out[r, v] = sum over k of a[r, k] * b[k, v], or added to what is there, for R rows and C vectors of columns. While it
+// computes, the same features of R rows at `ahead` are called into the cache; nullptr: of none.
+template <size_t R, size_t C>
+inline void tile(const float* a, size_t a_apart, const float* b, size_t b_apart, size_t depth, float* out,
+                 size_t out_apart, bool add, const float* ahead) {
+  Vector sums[R][C];
+#pragma GCC unroll 16
+  for (size_t r = 0; r < R; r++) {
+    for (size_t c = 0; c < C; c++) sums[r][c] = add ? load<Vector>(out + r * out_apart + c * LANES) : Vector{};
+  }
+  for (size_t from = 0; from < depth; from += LINE) {
+    if (ahead != nullptr) {
+#pragma GCC unroll 16
+      for (size_t r = 0; r < R; r++) __builtin_prefetch(ahead + r * a_apart + from);
+    }
+    const size_t end = std::min(depth, from + LINE);
+    for (size_t k = from; k < end; k++) {
+      Vector column[C];
+      for (size_t c = 0; c < C; c++) column[c] = load<Vector>(b + k * b_apart + c * LANES);
+#pragma GCC unroll 16
+      for (size_t r = 0; r < R; r++) {
+        Vector spread = a[r * a_apart + k] - Vector{};
+        for (size_t c = 0; c < C; c++) sums[r][c] += spread * column[c];
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (size_t r = 0; r < R; r++) {
+    for (size_t c = 0; c < C; c++) store(out + r * out_apart + c * LANES, sums[r][c]);
+  }
+}
+
+// `tile` for any number of rows up to R.
+template <size_t R, size_t C>
+inline void tile_of(size_t rows, const float* a, size_t a_apart, const float* b, size_t b_apart, size_t depth, float* out,
+                    size_t out_apart, bool add, const float* ahead) {
+  if constexpr (R > 0) {
+    if (rows == R) {
+      tile<R, C>(a, a_apart, b, b_apart, depth, out, out_apart, add, ahead);
+    } else {
+      tile_of<R - 1, C>(rows, a, a_apart, b, b_apart, depth, out, out_apart, add, ahead);
+    }
+  }
+}
+
+// out[n, PANEL] = kernel[n, K] times a panel, in tiles of R rows and C vectors.
+template <size_t R, size_t C>
+void rows_times_panel(const float* kernel, size_t rows, size_t K, const float* panel, float* out) {
+  for (size_t k = 0; k < K; k += DEPTH) {
+    size_t depth = std::min(DEPTH, K - k);
+    for (size_t r = 0; r < rows; r += R) {
+      const float* a = kernel + r * K + k;
+      tile_of<R, C>(std::min(R, rows - r), a, K, panel + k * PANEL, PANEL, depth, out + r * PANEL, PANEL, k > 0, a + R * K);
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Functions of numbers
+// ---------------------------------------------------------------------------------------------------------------------
+
+enum Activation : int32_t { NONE = 0, GELU = 1 };
+
+// x * Phi(x). erf is the quotient of polynomials that XLA computes it by, 1 from 3.83 on.
+inline Eight gelu(Eight x) {
+  const Eight end = Eight{} + 3.832506856900711f;
+  Eight z = x * 0.70710678118654752f;
+  z = z > end ? end : z;
+  z = z < -end ? -end : z;
+  Eight s = z * z;
+  Eight above = s * 0.00022905065861350646f + 0.0034082910107109506f;
+  above = above * s + 0.050955695062380861f;
+  above = above * s + 0.18520832239976145f;
+  above = above * s + 1.128379143519084f;
+  Eight below = s * -1.1791602954361697e-7f + 0.000023547966471313185f;
+  below = below * s + 0.0010179625278914885f;
+  below = below * s + 0.014070470171167667f;
+  below = below * s + 0.11098505178285362f;
+  below = below * s + 0.49746925110067538f;
+  below = below * s + 1.0f;
+  return 0.5f * x * (1.0f + z * above / below);
+}
+
+// e^x for x <= 0: 2^n e^r with |r| <= log(2) / 2, and e^r by its Taylor polynomial of degree 7 (error below 1e-8).
+inline Eight exponential(Eight x) {
+  const Eight least = Eight{} - 87.0f;
+  x = x < least ? least : x;
+  Eight n = x * 1.44269504088896341f - 0.5f;
+  EightInts whole = __builtin_convertvector(n, EightInts);  // towards 0: the nearest, for n <= 0
+  n = __builtin_convertvector(whole, Eight);
+  Eight r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Eight e = r * (1.0f / 5040.0f) + (1.0f / 720.0f);
+  e = e * r + (1.0f / 120.0f);
+  e = e * r + (1.0f / 24.0f);
+  e = e * r + (1.0f / 6.0f);
+  e = e * r + 0.5f;
+  e = e * r + 1.0f;
+  e = e * r + 1.0f;
+  EightInts power = (whole + 127) << 23;
+  Eight two;
+  std::memcpy(&two, &power, sizeof two);
+  return e * two;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// linear
+// ---------------------------------------------------------------------------------------------------------------------
+
+// What stands in out [features, PANEL] to y [tokens, N], with bias and activation.
+void put(const float* out, size_t features, size_t tokens, const float* bias, Activation activation, float* y, size_t N) {
+  const size_t whole = features / 8 * 8, rest = features - whole;
+  Eight last{};
+  if (bias != nullptr) std::memcpy(&last, bias + whole, rest * sizeof(float));
+  auto finished = [&](Eight value, Eight more) { return activation == GELU ? gelu(value + more) : value + more; };
+  alignas(64) float turned[8 * BLOCK];
+  for (size_t t = 0; t < tokens; t += 8) {
+    for (size_t f = 0; f < features; f += 8) turn(out + f * PANEL + t, PANEL, turned + f, BLOCK);
+    for (size_t i = 0; i < std::min<size_t>(8, tokens - t); i++) {
+      const float* from = turned + i * BLOCK;
+      float* to = y + (t + i) * N;
+      for (size_t f = 0; f < whole; f += 8) {
+        store(to + f, finished(load<Eight>(from + f), bias != nullptr ? load<Eight>(bias + f) : Eight{}));
+      }
+      if (rest > 0) {
+        Eight value = finished(load<Eight>(from + whole), last);
+        std::memcpy(to + whole, &value, rest * sizeof(float));
+      }
+    }
+  }
+}
+
+struct Matrix {
+  const float* kernel;  // [N, K]
+  const float* bias;    // [N], or nullptr
+  float* y;             // [M, N]
+  size_t N;
+  size_t blocks() const { return (N + BLOCK - 1) / BLOCK; }
+};
+
+// y = activation(x kernel^T + bias) of each matrix. `panels` has room for all of x, in whole panels.
+void linear(const float* x, size_t M, size_t K, const std::vector<Matrix>& matrices, Activation activation, float* panels) {
+  const size_t count = (M + PANEL - 1) / PANEL, groups = (count + GROUP - 1) / GROUP;
+  size_t blocks = 0;
+  for (const Matrix& one : matrices) blocks += one.blocks();
+  Crew& crew = Crew::get();
+  crew.each(count, M * K > 100'000, [&](size_t i) {
+    fill_panel(x + i * PANEL * K, K, std::min(PANEL, M - i * PANEL), K, panels + i * PANEL * K);
+  });
+  // The groups of a block follow one another: its part of the kernel stays in the second cache.
+  crew.each(blocks * groups, M * K * blocks * BLOCK > 400'000, [&](size_t task) {
+    size_t block = task / groups, begin = task % groups * GROUP;
+    const Matrix* one = matrices.data();
+    for (; block >= one->blocks(); one++) block -= one->blocks();
+    const size_t first = block * BLOCK, rows = std::min(BLOCK, one->N - first);
+    const float *kernel = one->kernel + first * K, *bias = one->bias ? one->bias + first : nullptr;
+    alignas(64) float out[BLOCK * PANEL];
+    for (size_t i = begin; i < std::min(count, begin + GROUP); i++) {
+      const size_t tokens = std::min(PANEL, M - i * PANEL);
+      if (tokens <= LANES) {
+        rows_times_panel<ROWS, 1>(kernel, rows, K, panels + i * PANEL * K, out);
+      } else {
+        rows_times_panel<ROWS, 2>(kernel, rows, K, panels + i * PANEL * K, out);
+      }
+      put(out, rows, tokens, bias, activation, one->y + i * PANEL * one->N + first, one->N);
+    }
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// attention
+// ---------------------------------------------------------------------------------------------------------------------
+
+struct Heads {
+  size_t query, key, width;  // heads of queries, of keys and values; features of each, a multiple of PANEL
+  float scale;
+};
+
+// scores[n] to e^(scale * (score - their maximum)), and next to nothing behind them up to `room`; their sum.
+float soften(float* scores, size_t n, size_t room, float scale) {
+  for (size_t i = n; i < room; i++) scores[i] = -1e30f;
+  Eight best = load<Eight>(scores), total{};
+  for (size_t i = 8; i < room; i += 8) {
+    Eight more = load<Eight>(scores + i);
+    best = more > best ? more : best;
+  }
+  float most = best[0], sum = 0.0f;
+  for (size_t i = 1; i < 8; i++) most = std::max(most, best[i]);
+  for (size_t i = 0; i < room; i += 8) {
+    Eight weight = exponential((load<Eight>(scores + i) - most) * scale);
+    store(scores + i, weight);
+    total += weight;
+  }
+  for (size_t i = 0; i < 8; i++) sum += total[i];
+  return sum;
+}
+
+// One head of one row: queries [count, width] see keys and values [seen, width], all `apart` numbers from one another.
+void head(const float* query, const float* key, const float* value, float* out, size_t count, size_t seen,
+          const Heads& heads) {
+  const size_t width = heads.width, query_apart = heads.query * width, key_apart = heads.key * width;
+  const size_t panels = (seen + PANEL - 1) / PANEL, room = panels * PANEL;
+  static thread_local std::vector<float> scratch;
+  if (scratch.size() < room * (2 * width + ROWS)) scratch.resize(room * (2 * width + ROWS));
+  float *keys = scratch.data(), *values = keys + room * width, *scores = values + room * width;
+  for (size_t p = 0; p < panels; p++) {
+    fill_panel(key + p * PANEL * key_apart, key_apart, std::min(PANEL, seen - p * PANEL), width, keys + p * PANEL * width);
+  }
+  for (size_t s = 0; s < seen; s++) std::memcpy(values + s * width, value + s * key_apart, width * sizeof(float));
+  for (size_t first = 0; first < count; first += ROWS) {
+    const size_t rows = std::min(ROWS, count - first);
+    for (size_t p = 0; p < panels; p++) {
+      tile_of<ROWS, 2>(rows, query + first * query_apart, query_apart, keys + p * PANEL * width, PANEL, width,
+                       scores + p * PANEL, room, false, nullptr);
+    }
+    float sums[ROWS];
+    for (size_t r = 0; r < rows; r++) sums[r] = soften(scores + r * room, seen, room, heads.scale);
+    float* to = out + first * query_apart;
+    for (size_t f = 0; f < width; f += PANEL) {
+      tile_of<ROWS, 2>(rows, scores, room, values + f, width, seen, to + f, query_apart, false, nullptr);
+    }
+    for (size_t r = 0; r < rows; r++) {
+      for (size_t f = 0; f < width; f += LANES) {
+        store(to + r * query_apart + f, load<Vector>(to + r * query_apart + f) / sums[r]);
+      }
+    }
+  }
+}
+
+// Rows of `count` tokens, of which attention sees the first `seen`, stand where `starts` says in lines of `total` tokens.
+void attention(const float* query, const float* key, const float* value, const int32_t* starts, const int32_t* counts,
+               const int32_t* seen, size_t rows, size_t total, const Heads& heads, float* out) {
+  const size_t apart = heads.query * heads.width, group = heads.query / heads.key;
+  size_t end = 0, work = 0;
+  for (size_t row = 0; row < rows; row++) {
+    end = std::max<size_t>(end, starts[row] + counts[row]);
+    work += size_t(counts[row]) * seen[row] * apart;
+  }
+  // Zeros where no row stands: nobody looks there, but NaN times 0 would be NaN.
+  std::memset(out + end * apart, 0, (total - end) * apart * sizeof(float));
+  Crew::get().each(rows * heads.query, work > 200'000, [&](size_t i) {
+    size_t row = i / heads.query, h = i % heads.query, start = starts[row], count = counts[row];
+    float* to = out + start * apart + h * heads.width;
+    if (seen[row] == 0) {
+      for (size_t t = 0; t < count; t++) std::memset(to + t * apart, 0, heads.width * sizeof(float));
+      return;
+    }
+    size_t behind = start * heads.key * heads.width + h / group * heads.width;
+    head(query + start * apart + h * heads.width, key + behind, value + behind, to, count, seen[row], heads);
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// XLA's calls
+// ---------------------------------------------------------------------------------------------------------------------
+
+const XLA_FFI_Buffer& argument(const XLA_FFI_CallFrame* frame, int64_t i) {
+  return *static_cast<const XLA_FFI_Buffer*>(frame->args.args[i]);
+}
+
+float* result(const XLA_FFI_CallFrame* frame, int64_t i) {
+  return static_cast<float*>(static_cast<const XLA_FFI_Buffer*>(frame->rets.rets[i])->data);
+}
+
+const float* floats(const XLA_FFI_Buffer& buffer) { return static_cast<const float*>(buffer.data); }
+
+// Attributes come in the order of their names.
+template <class T> T attribute(const XLA_FFI_CallFrame* frame, int64_t i) {
+  return *static_cast<const T*>(static_cast<const XLA_FFI_Scalar*>(frame->attrs.attrs[i])->value);
+}
+
+size_t width_of(const XLA_FFI_Buffer& buffer) { return buffer.dims[buffer.rank - 1]; }
+
+size_t tokens_of(const XLA_FFI_Buffer& buffer) {
+  size_t count = 1;
+  for (int64_t i = 0; i + 1 < buffer.rank; i++) count *= buffer.dims[i];
+  return count;
+}
+
+// Whether XLA only asks which version of its interface this is made for; then it is told.
+bool asked(XLA_FFI_CallFrame* frame) {
+  XLA_FFI_Extension_Base* extension = frame->extension_start;
+  if (extension == nullptr || extension->type != XLA_FFI_Extension_Metadata) return false;
+  XLA_FFI_Metadata* told = reinterpret_cast<XLA_FFI_Metadata_Extension*>(extension)->metadata;
+  told->api_version.major_version = XLA_FFI_API_MAJOR;
+  told->api_version.minor_version = XLA_FFI_API_MINOR;
+  return true;
+}
+
+}  // namespace
+
+// x [..., K], then kernel [N, K] and bias [N] or [0] of each matrix -> y [..., N] of each, room for panels.
+// Attribute: activation.
+extern "C" XLA_FFI_Error* jaxembed_linear(XLA_FFI_CallFrame* frame) {
+  if (asked(frame)) return nullptr;
+  Crew::Call call;
+  const XLA_FFI_Buffer& x = argument(frame, 0);
+  const int64_t count = (frame->args.size - 1) / 2;
+  std::vector<Matrix> matrices;
+  for (int64_t i = 0; i < count; i++) {
+    const XLA_FFI_Buffer &kernel = argument(frame, 1 + 2 * i), &bias = argument(frame, 2 + 2 * i);
+    matrices.push_back({floats(kernel), bias.dims[0] ? floats(bias) : nullptr, result(frame, i), size_t(kernel.dims[0])});
+  }
+  linear(floats(x), tokens_of(x), width_of(x), matrices, Activation(attribute<int32_t>(frame, 0)), result(frame, count));
+  return nullptr;
+}
+
+// Queries [..., N H], keys and values [..., K H], starts, counts and seen [B] -> [..., N H].
+// Attributes: head_dim, scale.
+extern "C" XLA_FFI_Error* jaxembed_attention(XLA_FFI_CallFrame* frame) {
+  if (asked(frame)) return nullptr;
+  Crew::Call call;
+  const XLA_FFI_Buffer &query = argument(frame, 0), &key = argument(frame, 1), &starts = argument(frame, 3);
+  const size_t width = attribute<int32_t>(frame, 0);
+  const Heads heads{width_of(query) / width, width_of(key) / width, width, attribute<float>(frame, 1)};
+  auto numbers = [&](int64_t i) { return static_cast<const int32_t*>(argument(frame, i).data); };
+  attention(floats(query), floats(key), floats(argument(frame, 2)), numbers(3), numbers(4), numbers(5), starts.dims[0],
+            tokens_of(query), heads, result(frame, 0));
+  return nullptr;
+}
+
+// Numbers in a panel, for whoever makes room.
+extern "C" int64_t jaxembed_panel() { return PANEL; }
