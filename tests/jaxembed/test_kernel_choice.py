@@ -1,0 +1,157 @@
+"""Which kernels are used on a CPU: only ones that were built, are right, and pay; and that is found out once."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxembed import cpu_kernels, kernel_choice, make_mesh
+from jaxembed.cpu_kernels import build, compiler
+from jaxembed.kernel_choice import kernels_on
+from jaxembed.warmup import use_cache
+
+TOKENS = max(kernel_choice.TIMED)
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Compilers and libraries that are none, kernels that are right and pay; what was done, in order."""
+    done: list[str] = []
+
+    def note(what: str, result: Any) -> Callable[..., Any]:
+        def call(*_: Any) -> Any:
+            done.append(what)
+            return result
+
+        return call
+
+    monkeypatch.setattr(cpu_kernels, "compiler", lambda: Path(__file__))
+    monkeypatch.setattr(cpu_kernels, "build", note("build", b"library"))
+    monkeypatch.setattr(cpu_kernels, "load", note("load", None))
+    monkeypatch.setattr(kernel_choice, "right", note("try", True))
+    monkeypatch.setattr(kernel_choice, "worth", note("time", TOKENS))
+    return done
+
+
+def tokens(devices: int = 1, dtype: str = "float32") -> int:
+    return kernels_on(make_mesh(jax.devices()[:devices]), dtype).cpu_tokens
+
+
+def test_it_is_found_out_once(built: list[str], cache: Path) -> None:
+    """The next process finds the library and what was found out in the cache."""
+    assert tokens() == tokens() == TOKENS
+    assert built == ["build", "load", "try", "time"]
+    built.clear()
+    use_cache(cache)
+    assert tokens() == TOKENS
+    assert built == ["load"]
+
+
+@pytest.mark.parametrize(("devices", "dtype"), [(2, "float32"), (1, "bfloat16")])
+def test_what_they_are_not_made_for(built: list[str], cache: Path, devices: int, dtype: str) -> None:
+    assert tokens(devices, dtype) == 0
+    assert not built
+
+
+def test_nothing_is_built_without_a_cache(built: list[str]) -> None:
+    use_cache(None)
+    assert tokens() == 0
+    assert not built
+
+
+def test_without_a_compiler(built: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_kernels, "compiler", lambda: None)
+    assert tokens() == 0
+    assert not built
+
+
+def test_a_compiler_that_cannot_is_asked_once(built: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []
+    monkeypatch.setattr(cpu_kernels, "build", asked.append)
+    for _ in range(2):
+        use_cache(cache)
+        assert tokens() == 0
+    assert len(asked) == 1
+    assert not built
+
+
+def test_wrong_ones_are_not_used(built: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor timed, nor tried again."""
+    monkeypatch.setattr(kernel_choice, "right", lambda: False)
+    for _ in range(2):
+        use_cache(cache)
+        assert tokens() == 0
+    assert built == ["build", "load"]
+
+
+def test_a_library_that_cannot_be_loaded(
+    built: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A warning; everything is XLA's."""
+
+    def load(_: bytes) -> None:
+        raise OSError("no such instruction")
+
+    monkeypatch.setattr(cpu_kernels, "load", load)
+    with caplog.at_level(logging.WARNING):
+        assert tokens() == 0
+    assert "cannot be loaded, XLA's are used: no such instruction" in caplog.text
+
+
+@pytest.mark.parametrize("wrong", ["products", "attention"])
+def test_right_looks_at_both(wrong: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A hundredth too much, or NaN, in either is seen."""
+    program = compiler()
+    if program is None:
+        pytest.skip("no C++ compiler, or a CPU without AVX2: nothing is built for it")
+    library = build(program)
+    assert library is not None
+    cpu_kernels.load(library)
+    assert kernel_choice.right()
+    true = getattr(cpu_kernels, wrong)
+    for factor in (1.01, jnp.nan):
+        monkeypatch.setattr(cpu_kernels, wrong, lambda *a, f=factor, **b: jax.tree.map(lambda y: y * f, true(*a, **b)))
+        assert not kernel_choice.right()
+        assert "and are not used" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [("#error this is no C++", "cannot compile the kernels for CPU, XLA's are used"), (None, "cannot be run")],
+)
+def test_a_compiler_that_fails(
+    source: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it says first is in the log; the library is None."""
+    program = compiler() if source else tmp_path / "c++"
+    if program is None:
+        pytest.skip("no C++ compiler, or a CPU without AVX2: nothing is built for it")
+    (tmp_path / "kernels.cpp").write_text(source or "")
+    monkeypatch.setattr(cpu_kernels, "SOURCE", tmp_path / "kernels.cpp")
+    assert build(program) is None
+    assert said in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "there"),
+    [
+        ("x86_64", "flags : sse avx2 fma", True),
+        ("x86_64", "flags : sse avx2x fma", False),
+        ("aarch64", "avx2 fma", False),
+    ],
+)
+def test_for_which_machines_there_is_a_compiler(
+    machine: str, flags: str, there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """$CXX is asked before `c++`."""
+    program = tmp_path / "mine"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("CXX", str(program))
+    monkeypatch.setattr(cpu_kernels.platform, "machine", lambda: machine)
+    monkeypatch.setattr(cpu_kernels, "host_cpu", lambda: flags)
+    assert compiler() == (program.resolve() if there else None)
