@@ -48,19 +48,23 @@ def normal(*shape: int, seed: int = 0) -> Floats:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 16, 17, 31, 33, 64, 100, 257])
 @pytest.mark.parametrize(("depth", "width"), [(1, 1), (5, 3), (8, 48), (100, 50), (384, 96), (400, 131), (1536, 49)])
 @pytest.mark.parametrize("act", [None, "gelu"])
-def test_products(tokens: int, depth: int, width: int, act: str | None) -> None:
-    """Within what float32 does to sums: whole tiles and parts of them, whole blocks and parts of them."""
-    x, kernel, bias = normal(1, tokens, depth), normal(width, depth, seed=1) / np.float32(depth**0.5), normal(width)
-    call = jax.jit(lambda x, *given: cpu_kernels.products(x, [(given[0], given[1]), (given[0], None)], act))
-    got = call(x, kernel, bias)
-    plain = x.astype(np.float64) @ kernel.astype(np.float64).T
-    for one, wanted in zip(got, (plain + bias, plain), strict=True):
-        if act is not None:
-            wanted = np.asarray(exact_gelu(jnp.asarray(wanted, jnp.float32)))
-        np.testing.assert_allclose(one, wanted, atol=1e-6 + 2.5e-7 * depth**0.5)
+def test_products(depth: int, width: int, act: str | None) -> None:
+    """Within what float32 does to sums: whole panels, tiles and blocks and parts of them; with a bias and without."""
+    kernel, bias = normal(width, depth, seed=1000) / np.float32(depth**0.5), normal(width)
+    inputs = [normal(1, tokens, depth, seed=tokens) for tokens in (1, 7, 8, 9, 16, 17, 31, 33, 64, 100, 257)]
+
+    @jax.jit
+    def call(inputs: list[jax.Array], *given: jax.Array) -> list[tuple[jax.Array, ...]]:
+        return [cpu_kernels.products(x, [(given[0], given[1]), (given[0], None)], act) for x in inputs]
+
+    for x, got in zip(inputs, call(inputs, kernel, bias), strict=True):
+        plain = x.astype(np.float64) @ kernel.astype(np.float64).T
+        for one, wanted in zip(got, (plain + bias, plain), strict=True):
+            if act is not None:
+                wanted = np.asarray(exact_gelu(jnp.asarray(wanted, jnp.float32)))
+            np.testing.assert_allclose(one, wanted, atol=1e-6 + 2.5e-7 * depth**0.5)
 
 
 def test_gelu_far_from_zero() -> None:
