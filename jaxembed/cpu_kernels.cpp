@@ -61,9 +61,9 @@ inline void pause() {
 #endif
 }
 
-// Threads that help whoever calls. A call takes its share of the cores: all of them when it is alone, its own when as many
-// calls are under way as there are cores. Helpers look out for more work for a moment before they sleep, since the parts
-// of one model follow each other closely.
+// Threads that help whoever calls. A call takes the share of the cores that its run of a model has: all of them when that
+// is alone, its own when as many runs are under way as there are cores. Helpers look out for more work for a moment before
+// they sleep, since the parts of one model follow each other closely.
 class Crew {
  public:
   // Never destroyed: a helper may still look out when the process ends.
@@ -73,7 +73,7 @@ class Crew {
   }
 
   template <class Work> void each(size_t count, bool large, const Work& work) {
-    size_t share = cores_ / std::max<size_t>(1, calls_.load(std::memory_order_relaxed));
+    size_t share = cores_ / std::max<size_t>(1, runs_.load(std::memory_order_relaxed));
     size_t helpers = large && share > 1 && count > 1 ? std::min(share, count) - 1 : 0;
     if (helpers == 0) {
       for (size_t i = 0; i < count; i++) work(i);
@@ -85,12 +85,8 @@ class Crew {
     withdraw(job);
   }
 
-  // A call is under way for as long as this lives.
-  class Call {
-   public:
-    Call() { get().calls_++; }
-    ~Call() { get().calls_--; }
-  };
+  void begin() { runs_++; }
+  void end() { runs_--; }
 
  private:
   struct Job {
@@ -170,7 +166,7 @@ class Crew {
   }
 
   const size_t cores_;
-  std::atomic<size_t> calls_{0}, open_{0};
+  std::atomic<size_t> runs_{0}, open_{0};
   std::mutex lock_;
   std::condition_variable called_;
   std::vector<Job*> jobs_;  // with the lock held
@@ -511,7 +507,6 @@ bool asked(XLA_FFI_CallFrame* frame) {
 // Attribute: activation.
 extern "C" XLA_FFI_Error* jaxembed_linear(XLA_FFI_CallFrame* frame) {
   if (asked(frame)) return nullptr;
-  Crew::Call call;
   const XLA_FFI_Buffer& x = argument(frame, 0);
   const int64_t count = (frame->args.size - 1) / 2;
   std::vector<Matrix> matrices;
@@ -527,7 +522,6 @@ extern "C" XLA_FFI_Error* jaxembed_linear(XLA_FFI_CallFrame* frame) {
 // Attributes: head_dim, scale.
 extern "C" XLA_FFI_Error* jaxembed_attention(XLA_FFI_CallFrame* frame) {
   if (asked(frame)) return nullptr;
-  Crew::Call call;
   const XLA_FFI_Buffer &query = argument(frame, 0), &key = argument(frame, 1), &starts = argument(frame, 3);
   const size_t width = attribute<int32_t>(frame, 0);
   const Heads heads{width_of(query) / width, width_of(key) / width, width, attribute<float>(frame, 1)};
@@ -537,5 +531,9 @@ extern "C" XLA_FFI_Error* jaxembed_attention(XLA_FFI_CallFrame* frame) {
   return nullptr;
 }
 
-// Numbers in a panel, for whoever makes room.
+// A run of a model begins and ends.
+extern "C" void jaxembed_begin() { Crew::get().begin(); }
+extern "C" void jaxembed_end() { Crew::get().end(); }
+
+// Tokens of a panel, for whoever makes room.
 extern "C" int64_t jaxembed_panel() { return PANEL; }

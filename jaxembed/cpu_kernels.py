@@ -13,7 +13,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-__all__ = ["Product", "attention", "build", "compiler", "host_cpu", "load", "panel", "products"]
+__all__ = ["Product", "attention", "build", "compiler", "host_cpu", "load", "panel", "products", "running"]
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def build(program: Path) -> bytes | None:
         return target.read_bytes()
 
 
-_loaded: ctypes.CDLL | None = None
+_loaded: ctypes.PyDLL | None = None
 
 
 def load(library: bytes) -> None:
@@ -82,7 +83,8 @@ def load(library: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernels.so"
         file.write_bytes(library)
-        loaded = ctypes.CDLL(str(file))
+        # Its functions are called with the interpreter's lock held: they return at once.
+        loaded = ctypes.PyDLL(str(file))
     for name in TARGETS:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
     loaded.jaxembed_panel.restype = ctypes.c_int64
@@ -98,6 +100,19 @@ def panel() -> int:
     if _loaded is None:
         raise RuntimeError("the kernels for CPU are not loaded")
     return int(_loaded.jaxembed_panel())
+
+
+@contextmanager
+def running() -> Iterator[None]:
+    """A run of a model: those that are under way at a time share the cores out among them."""
+    if _loaded is None:
+        yield
+        return
+    _loaded.jaxembed_begin()
+    try:
+        yield
+    finally:
+        _loaded.jaxembed_end()
 
 
 def products(

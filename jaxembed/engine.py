@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from jaxembed import cache
+from jaxembed import cache, cpu_kernels
 from jaxembed.buckets import Ladder
 from jaxembed.errors import BucketError
 from jaxembed.executables import facts, has, load_or_compile
@@ -125,6 +125,8 @@ class Engine:
         self._alone: Callable[[], AbstractContextManager[object]] = nullcontext
         if self.platform == "gpu":
             self._shared, self._alone = GPU_RUNS.shared, GPU_RUNS.alone
+        elif self.platform == "cpu":
+            self._shared = cpu_kernels.running
 
     @property
     def dimension(self) -> int:
