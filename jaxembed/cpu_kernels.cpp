@@ -111,7 +111,7 @@ class Crew {
     {
       std::lock_guard<std::mutex> held(lock_);
       jobs_.push_back(&job);
-      open_.store(jobs_.size(), std::memory_order_release);
+      open_ += job.places;
       wake = asleep_ > 0;
     }
     if (wake) job.places > 1 ? called_.notify_all() : called_.notify_one();
@@ -122,7 +122,7 @@ class Crew {
     {
       std::lock_guard<std::mutex> held(lock_);
       jobs_.erase(std::remove(jobs_.begin(), jobs_.end(), &job), jobs_.end());
-      open_.store(jobs_.size(), std::memory_order_release);
+      open_ -= job.places;
     }
     for (int turns = 0; job.inside.load(std::memory_order_acquire) > 0; turns++) turns < 4096 ? pause() : (void)sched_yield();
   }
@@ -130,28 +130,16 @@ class Crew {
   void help() {
     for (;;) {
       look_out();
-      Job* job = nullptr;
+      Job* job;
       {
         std::unique_lock<std::mutex> held(lock_);
-        if (jobs_.empty()) {
-          asleep_++;
-          called_.wait(held, [this] { return !jobs_.empty(); });
-          asleep_--;
-        }
-        for (Job* one : jobs_) {
-          if (one->places > 0) {
-            job = one;
-            job->places--;
-            job->inside++;
-            break;
-          }
-        }
-        if (!job) {
-          // Others are at all of them: the next look finds them gone, or more.
-          held.unlock();
-          sched_yield();
-          continue;
-        }
+        asleep_++;
+        called_.wait(held, [this] { return open_ > 0; });
+        asleep_--;
+        job = *std::find_if(jobs_.begin(), jobs_.end(), [](Job* one) { return one->places > 0; });
+        job->places--;
+        job->inside++;
+        open_--;
       }
       job->run();
       job->inside.fetch_sub(1, std::memory_order_release);
@@ -166,7 +154,8 @@ class Crew {
   }
 
   const size_t cores_;
-  std::atomic<size_t> runs_{0}, open_{0};
+  std::atomic<size_t> runs_{0};
+  std::atomic<size_t> open_{0};  // places for helpers; changed with the lock held
   std::mutex lock_;
   std::condition_variable called_;
   std::vector<Job*> jobs_;  // with the lock held

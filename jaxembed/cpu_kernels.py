@@ -129,7 +129,7 @@ def products(
     tokens = x.size // depth
     room = -(-tokens // panel()) * panel() * depth
     shapes = [(*x.shape[:-1], kernel.shape[0]) for kernel, _ in matrices]
-    operands = [y for kernel, bias in matrices for y in (kernel, jnp.zeros(0) if bias is None else bias)]
+    operands = [y for kernel, bias in matrices for y in (kernel, jnp.zeros(0, jnp.float32) if bias is None else bias)]
     call = jax.ffi.ffi_call(TARGETS[0], [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (*shapes, (room,))])
     results: Sequence[jax.Array] = call(x, *operands, activation=np.int32(ACTIVATIONS[activation]))
     return tuple(results[:-1])

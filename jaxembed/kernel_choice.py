@@ -56,7 +56,7 @@ def kernels_on(mesh: Mesh, dtype: str) -> Kernels:
         return Kernels(mesh, rows=row_attention_works(mesh.devices.flat[0], dtype))
     if kind == "cpu" and mesh.size == 1 and dtype == "float32":
         # Shapes are compiled by several threads: the others wait for the one that builds.
-        with BUILDING:
+        with BUILDING, jax.default_device(mesh.devices.flat[0]):
             return Kernels(mesh, cpu_tokens=cpu_tokens(cache.current()))
     return Kernels(mesh)
 

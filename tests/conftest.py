@@ -18,6 +18,8 @@ import pytest
 
 # Read by huggingface_hub, which the library imports when it first needs it.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# No C++ compiler but for the tests of what it compiles (`cxx`): each empty cache would take seconds to be filled.
+os.environ["CXX"] = "none"
 
 # All of this must stand before the first array, and the hook before the first import of the library.
 assert "jaxembed" not in sys.modules, "jaxembed was imported before its run-time shape checks were installed"
@@ -65,6 +67,12 @@ def cache(tmp_path: Path, shared_compilations: Path) -> Iterator[Path]:
     yield folder
     use_cache(None)
     jax.config.update("jax_compilation_cache_dir", str(shared_compilations))
+
+
+@pytest.fixture
+def cxx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's C++ compiler is there, as it is outside of tests."""
+    monkeypatch.delenv("CXX")
 
 
 @pytest.fixture(scope="session")

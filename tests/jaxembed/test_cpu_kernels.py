@@ -1,7 +1,11 @@
 """The kernels in C++: each size, each kind of row, threads beside each other, and whole models beside torch."""
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +30,16 @@ HEAD = 32
 """Features of a head that every CPU's kernel takes."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def library() -> None:
+build = lru_cache(cpu_kernels.build)
+
+
+@pytest.fixture(autouse=True)
+def library(cxx: None) -> None:
     """Built and loaded, whatever trying and timing it would give."""
     program = cpu_kernels.compiler()
     if program is None:
         pytest.skip("no C++ compiler, or a CPU without AVX2: nothing is built for it")
-    built = cpu_kernels.build(program)
+    built = build(program)
     assert built is not None
     cpu_kernels.load(built)
 
@@ -217,3 +224,27 @@ def test_minilm_by_them_and_without(
         for bucket in shapes:
             program = embedder.engine._executables[bucket].as_text()
             assert all(name in program for name in cpu_kernels.TARGETS)
+
+
+def test_warmed_up_for_the_next_process(tiny_folder: Path, tmp_path: Path) -> None:
+    """Executables that call them come out of the cache where nothing is loaded yet; the library is there once."""
+    options = (
+        "--model",
+        str(tiny_folder),
+        "--cache-dir",
+        str(tmp_path),
+        "--max-length",
+        "8",
+        "--max-batch-tokens",
+        "8",
+    )
+    command = [sys.executable, "-m", "jaxembed.warmup", *options]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    said = []
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        said.append(done.stdout.splitlines()[-1])
+    assert len(list(tmp_path.glob("*/cpu_kernels/*"))) == 1
+    assert said[0].endswith(", 0 from the cache")
+    count = said[1].split()[0]
+    assert said[1].endswith(f", {count} from the cache")

@@ -103,7 +103,9 @@ def test_a_library_that_cannot_be_loaded(
 
 
 @pytest.mark.parametrize("wrong", ["products", "attention"])
-def test_right_looks_at_both(wrong: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_right_looks_at_both(
+    wrong: str, cxx: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """A hundredth too much, or NaN, in either is seen."""
     program = compiler()
     if program is None:
@@ -124,7 +126,12 @@ def test_right_looks_at_both(wrong: str, monkeypatch: pytest.MonkeyPatch, caplog
     [("#error this is no C++", "cannot compile the kernels for CPU, XLA's are used"), (None, "cannot be run")],
 )
 def test_a_compiler_that_fails(
-    source: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    source: str | None,
+    said: str,
+    cxx: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """What it says first is in the log; the library is None."""
     program = compiler() if source else tmp_path / "c++"
