@@ -66,10 +66,10 @@ def attention(
         # Every key is near.
         window = None
     kernels = available()
-    if kernels is not None and kernels.cpu_tokens and bias is None and not causal and window is None:
-        if dtype == jnp.float32 and width % cpu_kernels.panel() == 0:
-            places_of = (rows.starts, rows.lengths, jnp.sum(rows.mask, axis=1, dtype=jnp.int32))
-            return cpu_kernels.attention(query, key, value, *places_of, head_dim=width, scale=scale)
+    hidden = bias is not None or causal or window is not None
+    if kernels is not None and kernels.cpu_tokens and not hidden and cpu_attention_takes(width, dtype):
+        told = (rows.starts, rows.lengths, jnp.sum(rows.mask, axis=1, dtype=jnp.int32))
+        return cpu_kernels.attention(query, key, value, *told, head_dim=width, scale=scale)
     query, key, value = (rows.apart(x) for x in (query, key, value))
     plain = partial(plain_attention, heads=heads, dtype=dtype, scale=scale)
     if bias is None and window is not None and in_blocks_pays(length, causal, window):
@@ -90,6 +90,11 @@ def attention(
         return rows.together(plain(query, key, value, rows.mask))
     mixed: jax.Array = jax.lax.platform_dependent(query, key, value, rows.mask, default=plain, **by_platform)
     return rows.together(mixed)
+
+
+def cpu_attention_takes(width: int, dtype: jnp.dtype) -> bool:
+    """Whether the kernel for CPU, which must be there, takes heads of this width."""
+    return dtype == jnp.float32 and width % cpu_kernels.panel() == 0
 
 
 def fused_attention_takes(length: int, width: int, dtype: jnp.dtype, causal: bool, window: int | None) -> bool:

@@ -33,10 +33,10 @@ constexpr size_t LANES = 8;
 constexpr size_t ROWS = 6;
 #endif
 constexpr size_t PANEL = 2 * LANES;
-constexpr size_t DEPTH = 384;   // features summed before a tile is put down: a panel's part stays in the first cache
-constexpr size_t BLOCK = 48;    // output features that one thread takes at a time: a multiple of ROWS
-constexpr size_t GROUP = 64 / PANEL;  // panels that one thread takes at a time
-constexpr size_t LINE = 16;     // numbers of a line of the cache
+constexpr size_t DEPTH = 384;         // features summed before a tile is put down: a panel's part stays in the first cache
+constexpr size_t BLOCK = 48;          // output features that one thread takes at a time: a multiple of ROWS and of 8
+constexpr size_t GROUP = 64 / PANEL;  // panels that it takes at a time
+constexpr size_t LINE = 16;           // numbers of a line of the cache
 constexpr size_t EIGHT = 8;
 
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
@@ -80,7 +80,7 @@ class Crew {
       return;
     }
     Job job(count, helpers, [](const void* data, size_t i) { (*static_cast<const Work*>(data))(i); }, &work);
-    publish(job);
+    publish(job, helpers);
     job.run();
     withdraw(job);
   }
@@ -106,15 +106,15 @@ class Crew {
     for (size_t i = 1; i < cores_; i++) std::thread([this] { help(); }).detach();
   }
 
-  void publish(Job& job) {
+  void publish(Job& job, size_t helpers) {
     bool wake;
     {
       std::lock_guard<std::mutex> held(lock_);
       jobs_.push_back(&job);
-      open_ += job.places;
+      open_ += helpers;
       wake = asleep_ > 0;
     }
-    if (wake) job.places > 1 ? called_.notify_all() : called_.notify_one();
+    if (wake) helpers > 1 ? called_.notify_all() : called_.notify_one();
   }
 
   // Returns when nobody is at the job any more.

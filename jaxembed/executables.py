@@ -93,7 +93,7 @@ def target(mesh: Mesh, dtype: str) -> tuple[Any, ...]:
         dict(mesh.shape),
         [device.id for device in devices],
         host,
-        # By attributes, but for the mesh itself.
+        # All that it says but the mesh.
         kernels_on(mesh, dtype)[1:],
         settings,
     )

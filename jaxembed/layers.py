@@ -120,7 +120,7 @@ def linears(
     """
     kernels = available()
     matrices = [(layer.kernel[...], None if layer.bias is None else layer.bias[...]) for layer in layers]
-    if kernels is not None and 0 < x.shape[0] * x.shape[1] <= kernels.cpu_tokens:
+    if kernels is not None and x.shape[0] * x.shape[1] <= kernels.cpu_tokens:
         inside = act if act in cpu_kernels.ACTIVATIONS else None
         results = cpu_kernels.products(x, matrices, inside)
         act = None if inside == act else act
