@@ -482,7 +482,7 @@ size_t tokens_of(const XLA_FFI_Buffer& buffer) {
 
 // Whether XLA only asks which version of its interface this is made for; then it is told.
 bool asked(XLA_FFI_CallFrame* frame) {
-  XLA_FFI_Extension_Base* extension = frame->extension_start;
+  auto* extension = frame->extension_start;  // its type has another name in each version
   if (extension == nullptr || extension->type != XLA_FFI_Extension_Metadata) return false;
   XLA_FFI_Metadata* told = reinterpret_cast<XLA_FFI_Metadata_Extension*>(extension)->metadata;
   told->api_version.major_version = XLA_FFI_API_MAJOR;
