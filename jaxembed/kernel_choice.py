@@ -17,7 +17,7 @@ from jaxembed.kernels import Kernels
 from jaxembed.layers import exact_gelu, linear
 from jaxembed.sharding import platform
 
-__all__ = ["fused_width", "kernels_on"]
+__all__ = ["cpu_tokens_on", "fused_width", "kernels_on"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +54,16 @@ def kernels_on(mesh: Mesh, dtype: str) -> Kernels:
         from jaxembed.row_attention import row_attention_works
 
         return Kernels(mesh, rows=row_attention_works(mesh.devices.flat[0], dtype))
-    if kind == "cpu" and mesh.size == 1 and dtype == "float32":
-        # Shapes are compiled by several threads: the others wait for the one that builds.
-        with BUILDING, jax.default_device(mesh.devices.flat[0]):
-            return Kernels(mesh, cpu_tokens=cpu_tokens(cache.current()))
-    return Kernels(mesh)
+    return Kernels(mesh, cpu_tokens=cpu_tokens_on(mesh, dtype))
+
+
+def cpu_tokens_on(mesh: Mesh, dtype: str) -> int:
+    """`Kernels.cpu_tokens` of a mesh; 0 where `cpu_kernels` are not made for it."""
+    if platform(mesh) != "cpu" or mesh.size > 1 or dtype != "float32":
+        return 0
+    # Shapes are compiled by several threads: the others wait for the one that builds.
+    with BUILDING, jax.default_device(mesh.devices.flat[0]):
+        return cpu_tokens(cache.current())
 
 
 def fused_width(capabilities: Sequence[str]) -> int:
@@ -80,8 +85,10 @@ def cpu_tokens(kept: cache.Cache | None) -> int:
     It is built once and kept in the cache, with what trying it gave in front. Without a cache it is not: to build and
     to try it takes longer than most scripts would gain.
     """
-    program = cpu_kernels.compiler() if kept is not None else None
-    if kept is None or program is None:
+    if kept is None:
+        return 0
+    program = cpu_kernels.compiler()
+    if program is None:
         return 0
     stat = program.stat()
     key = kept.key(KIND, cpu_kernels.host_cpu(), cpu_kernels.FLAGS, program, stat.st_size, stat.st_mtime_ns)

@@ -121,9 +121,9 @@ def linears(
     kernels = available()
     matrices = [(layer.kernel[...], None if layer.bias is None else layer.bias[...]) for layer in layers]
     if kernels is not None and x.shape[0] * x.shape[1] <= kernels.cpu_tokens:
-        inside = act if act in cpu_kernels.ACTIVATIONS else None
-        results = cpu_kernels.products(x, matrices, inside)
-        act = None if inside == act else act
+        inside = act in cpu_kernels.ACTIVATIONS
+        results = cpu_kernels.products(x, matrices, act if inside else None)
+        act = None if inside else act
     else:
         products = [(linear(x, kernel), bias) for kernel, bias in matrices]
         results = tuple(y if bias is None else y + bias[None, None] for y, bias in products)

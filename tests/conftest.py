@@ -9,6 +9,7 @@ import os
 import pkgutil
 import sys
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import hypothesis
@@ -33,7 +34,7 @@ package = importlib.util.find_spec("jaxembed").submodule_search_locations
 checked = [f"jaxembed.{module.name}" for module in pkgutil.iter_modules(package) if module.name not in REFUSING]
 jaxtyping.install_import_hook(checked, "beartype.beartype")
 
-from jaxembed import Bucket, Embedder, Ladder, make_mesh  # noqa: E402
+from jaxembed import Bucket, Embedder, Ladder, cpu_kernels, make_mesh  # noqa: E402
 from jaxembed.checkpoint import DEFAULT_MODEL, resolve  # noqa: E402
 from jaxembed.warmup import use_cache  # noqa: E402
 
@@ -70,9 +71,24 @@ def cache(tmp_path: Path, shared_compilations: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def cxx(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine's C++ compiler is there, as it is outside of tests."""
+def cxx(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The machine's C++ compiler, which is there as it is outside of tests."""
     monkeypatch.delenv("CXX")
+    program = cpu_kernels.compiler()
+    if program is None:
+        pytest.skip("no C++ compiler, or a CPU without AVX2: nothing is built for it")
+    return program
+
+
+build_once = lru_cache(cpu_kernels.build)
+
+
+@pytest.fixture
+def library(cxx: Path) -> None:
+    """The kernels for CPU are built and loaded, whatever trying and timing them would give."""
+    built = build_once(cxx)
+    assert built is not None
+    cpu_kernels.load(built)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +30,7 @@ Floats = npt.NDArray[np.float32]
 HEAD = 32
 """Features of a head that every CPU's kernel takes."""
 
-
-build = lru_cache(cpu_kernels.build)
-
-
-@pytest.fixture(autouse=True)
-def library(cxx: None) -> None:
-    """Built and loaded, whatever trying and timing it would give."""
-    program = cpu_kernels.compiler()
-    if program is None:
-        pytest.skip("no C++ compiler, or a CPU without AVX2: nothing is built for it")
-    built = build(program)
-    assert built is not None
-    cpu_kernels.load(built)
+pytestmark = pytest.mark.usefixtures("library")
 
 
 @pytest.fixture
@@ -164,9 +152,7 @@ def test_layers_use_them_up_to_a_number_of_tokens() -> None:
         def call(x: jax.Array) -> jax.Array:
             return linears(x, [layer], act)[0]
 
-        if kernels is None:
-            return "jaxembed_linear" in jax.jit(call).lower(normal(1, tokens, HEAD)).as_text()
-        with right_padded(kernels):
+        with nullcontext() if kernels is None else right_padded(kernels):
             return "jaxembed_linear" in jax.jit(call).lower(normal(1, tokens, HEAD)).as_text()
 
     assert used(20, Kernels(mesh, cpu_tokens=20))
@@ -229,16 +215,7 @@ def test_minilm_by_them_and_without(
 
 def test_warmed_up_for_the_next_process(tiny_folder: Path, tmp_path: Path) -> None:
     """Executables that call them come out of the cache where nothing is loaded yet; the library is there once."""
-    options = (
-        "--model",
-        str(tiny_folder),
-        "--cache-dir",
-        str(tmp_path),
-        "--max-length",
-        "8",
-        "--max-batch-tokens",
-        "8",
-    )
+    options = (f"--model={tiny_folder}", f"--cache-dir={tmp_path}", "--max-length=8", "--max-batch-tokens=8")
     command = [sys.executable, "-m", "jaxembed.warmup", *options]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     said = []

@@ -103,16 +103,9 @@ def test_a_library_that_cannot_be_loaded(
 
 
 @pytest.mark.parametrize("wrong", ["products", "attention"])
-def test_right_looks_at_both(
-    wrong: str, cxx: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.usefixtures("library")
+def test_right_looks_at_both(wrong: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """A hundredth too much, or NaN, in either is seen."""
-    program = compiler()
-    if program is None:
-        pytest.skip("no C++ compiler, or a CPU without AVX2: nothing is built for it")
-    library = build(program)
-    assert library is not None
-    cpu_kernels.load(library)
     assert kernel_choice.right()
     true = getattr(cpu_kernels, wrong)
     for factor in (1.01, jnp.nan):
@@ -128,18 +121,15 @@ def test_right_looks_at_both(
 def test_a_compiler_that_fails(
     source: str | None,
     said: str,
-    cxx: None,
+    cxx: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """What it says first is in the log; the library is None."""
-    program = compiler() if source else tmp_path / "c++"
-    if program is None:
-        pytest.skip("no C++ compiler, or a CPU without AVX2: nothing is built for it")
     (tmp_path / "kernels.cpp").write_text(source or "")
     monkeypatch.setattr(cpu_kernels, "SOURCE", tmp_path / "kernels.cpp")
-    assert build(program) is None
+    assert build(cxx if source else tmp_path / "c++") is None
     assert said in caplog.text
 
 
