@@ -94,7 +94,7 @@ def attention(
 
 def cpu_attention_takes(width: int, dtype: jnp.dtype) -> bool:
     """Whether the kernel for CPU, which must be there, takes heads of this width."""
-    return dtype == jnp.float32 and width % cpu_kernels.panel() == 0
+    return dtype == jnp.float32 and width % (2 * cpu_kernels.lanes()) == 0
 
 
 def fused_attention_takes(length: int, width: int, dtype: jnp.dtype, causal: bool, window: int | None) -> bool:

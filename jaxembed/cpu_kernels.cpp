@@ -1,8 +1,8 @@
 // Products with weights and attention for CPUs, in float32, called by XLA's executables. `cpu_kernels.py` compiles this
 // for the machine it runs on, so the compiler knows the vectors that there are.
 //
-// Letters: M tokens, K features of the input, N features of the output. Where it says panel, PANEL tokens lie beside each
-// other for one feature after the other: [features, PANEL].
+// Letters: M tokens, K features of the input, N features of the output. Where it says panel, some tokens, the panel's
+// width, lie beside each other for one feature after the other: [features, width].
 
 #include <sched.h>
 
@@ -26,15 +26,15 @@ namespace {
 
 #if defined(__AVX512F__)  // 32 registers
 constexpr size_t LANES = 16;
-constexpr size_t ROWS = 12;  // of a tile; with two vectors each these take 24 registers
+constexpr size_t TILE = 24;  // vectors of a tile, which stay in registers
 #else  // 16 registers
 constexpr size_t LANES = 8;
-constexpr size_t ROWS = 6;
+constexpr size_t TILE = 12;
 #endif
-constexpr size_t PANEL = 2 * LANES;
-constexpr size_t DEPTH = 384;         // features summed before a tile is put down: a panel's part stays in the first cache
-constexpr size_t BLOCK = 48;          // output features that one thread takes at a time: a multiple of ROWS and of 8
-constexpr size_t GROUP = 64 / PANEL;  // panels that it takes at a time
+constexpr size_t MOST = 3;           // vectors of tokens in a panel of a product
+constexpr size_t PAIR = 2 * LANES;   // tokens, or features, that attention takes at a time
+constexpr size_t BLOCK = 48;  // output features that one thread takes at a time: a multiple of 8 and of a tile's rows
+constexpr size_t GROUP = 96 / (MOST * LANES);  // panels that it takes at a time
 constexpr size_t LINE = 16;           // numbers of a line of the cache
 constexpr size_t EIGHT = 8;
 
@@ -72,8 +72,7 @@ class Crew {
   }
 
   template <class Work> void each(size_t count, bool large, const Work& work) {
-    size_t share = cores_ / std::max<size_t>(1, runs_.load(std::memory_order_relaxed));
-    size_t helpers = large && share > 1 && count > 1 ? std::min(share, count) - 1 : 0;
+    size_t helpers = large && count > 1 ? std::min(share(), count) - 1 : 0;
     if (helpers == 0) {
       for (size_t i = 0; i < count; i++) work(i);
       return;
@@ -83,6 +82,9 @@ class Crew {
     job.run();
     withdraw(job);
   }
+
+  // Cores that each run has.
+  size_t share() const { return std::max<size_t>(1, cores_ / std::max<size_t>(1, runs_.load(std::memory_order_relaxed))); }
 
   void begin() { runs_++; }
   void end() { runs_--; }
@@ -186,74 +188,107 @@ inline void turn(const float* from, size_t from_apart, float* to, size_t to_apar
 }
 
 // A panel of `tokens` rows of x, `apart` numbers from one another; zeros behind the last one.
-void fill_panel(const float* x, size_t apart, size_t tokens, size_t features, float* panel) {
+void fill_panel(const float* x, size_t apart, size_t tokens, size_t features, float* panel, size_t width) {
   size_t t = 0;
   for (; t + 8 <= tokens; t += 8) {
     size_t k = 0;
-    for (; k + 8 <= features; k += 8) turn(x + t * apart + k, apart, panel + k * PANEL + t, PANEL);
+    for (; k + 8 <= features; k += 8) turn(x + t * apart + k, apart, panel + k * width + t, width);
     for (; k < features; k++) {
-      for (size_t i = 0; i < 8; i++) panel[k * PANEL + t + i] = x[(t + i) * apart + k];
+      for (size_t i = 0; i < 8; i++) panel[k * width + t + i] = x[(t + i) * apart + k];
     }
   }
-  for (; t < PANEL; t++) {
-    for (size_t k = 0; k < features; k++) panel[k * PANEL + t] = t < tokens ? x[t * apart + k] : 0.0f;
+  for (; t < width; t++) {
+    for (size_t k = 0; k < features; k++) panel[k * width + t] = t < tokens ? x[t * apart + k] : 0.0f;
   }
 }
 
-// out[r, v] = sum over k of a[r, k] * b[k, v], or added to what is there, for R rows and C vectors of columns. While it
-// computes, the same features of R rows at `ahead` are called into the cache; nullptr: of none.
+// sum += a * b of registers. In words of C++ the compiler reads a panel's column anew for each row of a tile, and of reads a
+// core does fewer than of multiply-adds; or it moves sums from register to register.
+inline void multiply_add(Vector& sum, Vector a, Vector b) { asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
+
+// Pointers to a tile's rows, one for three: a processor adds a distance once or twice as it reads, and has few registers.
+template <size_t R> struct Rows {
+  const float* every_third[(R + 2) / 3];
+  size_t apart;  // bytes
+  Rows(const float* first, size_t numbers_apart) : apart(numbers_apart * sizeof(float)) {
+    for (size_t i = 0; 3 * i < R; i++) every_third[i] = first + 3 * i * numbers_apart;
+  }
+  const float* at(size_t r) const {
+    return reinterpret_cast<const float*>(reinterpret_cast<const char*>(every_third[r / 3]) + r % 3 * apart);
+  }
+  void go_on(size_t numbers) {
+    for (const float*& pointer : every_third) pointer += numbers;
+  }
+};
+
+// sums[r, v] += row r's number k times b[v].
+template <size_t R, size_t C> inline void step(Vector (&sums)[R][C], const Rows<R>& rows, size_t k, const float* b) {
+  static_assert(C >= 1 && C <= MOST);
+  // No array: the compiler would keep it in memory.
+  Vector first = load<Vector>(b), second = C > 1 ? load<Vector>(b + LANES) : first;
+  Vector third = C > 2 ? load<Vector>(b + 2 * LANES) : first;
+#pragma GCC unroll 16
+  for (size_t r = 0; r < R; r++) {
+    Vector spread = rows.at(r)[k] - Vector{};
+    multiply_add(sums[r][0], spread, first);
+    if constexpr (C > 1) multiply_add(sums[r][1], spread, second);
+    if constexpr (C > 2) multiply_add(sums[r][2], spread, third);
+  }
+}
+
+// out[r, v] = sum over k of a[r, k] * b[k, v], for R rows and a panel b of C vectors. While it computes, as many lines as the
+// rows have are called into the cache from `ahead` on; nullptr: none.
 template <size_t R, size_t C>
-inline void tile(const float* a, size_t a_apart, const float* b, size_t b_apart, size_t depth, float* out,
-                 size_t out_apart, bool add, const float* ahead) {
+inline void tile(const float* a, size_t a_apart, const float* b, size_t depth, float* out, size_t out_apart,
+                 const float* ahead) {
   Vector sums[R][C];
 #pragma GCC unroll 16
   for (size_t r = 0; r < R; r++) {
-    for (size_t c = 0; c < C; c++) sums[r][c] = add ? load<Vector>(out + r * out_apart + c * LANES) : Vector{};
+#pragma GCC unroll 3
+    for (size_t c = 0; c < C; c++) sums[r][c] = Vector{};
   }
-  for (size_t from = 0; from < depth; from += LINE) {
+  Rows<R> rows(a, a_apart);
+  size_t k = 0;
+  for (; k + LINE <= depth; k += LINE) {
     if (ahead != nullptr) {
 #pragma GCC unroll 16
-      for (size_t r = 0; r < R; r++) __builtin_prefetch(ahead + r * a_apart + from);
+      for (size_t r = 0; r < R; r++) __builtin_prefetch(ahead + r * LINE);
+      ahead += R * LINE;
     }
-    const size_t end = std::min(depth, from + LINE);
-    for (size_t k = from; k < end; k++) {
-      Vector column[C];
-      for (size_t c = 0; c < C; c++) column[c] = load<Vector>(b + k * b_apart + c * LANES);
 #pragma GCC unroll 16
-      for (size_t r = 0; r < R; r++) {
-        Vector spread = a[r * a_apart + k] - Vector{};
-        for (size_t c = 0; c < C; c++) sums[r][c] += spread * column[c];
-      }
-    }
+    for (size_t i = 0; i < LINE; i++) step(sums, rows, i, b + i * C * LANES);
+    rows.go_on(LINE);
+    b += LINE * C * LANES;
   }
+  for (size_t i = 0; k + i < depth; i++) step(sums, rows, i, b + i * C * LANES);
 #pragma GCC unroll 16
   for (size_t r = 0; r < R; r++) {
+#pragma GCC unroll 3
     for (size_t c = 0; c < C; c++) store(out + r * out_apart + c * LANES, sums[r][c]);
   }
 }
 
 // `tile` for any number of rows up to R.
 template <size_t R, size_t C>
-inline void tile_of(size_t rows, const float* a, size_t a_apart, const float* b, size_t b_apart, size_t depth, float* out,
-                    size_t out_apart, bool add, const float* ahead) {
+inline void tile_of(size_t rows, const float* a, size_t a_apart, const float* b, size_t depth, float* out, size_t out_apart,
+                    const float* ahead) {
   if constexpr (R > 0) {
     if (rows == R) {
-      tile<R, C>(a, a_apart, b, b_apart, depth, out, out_apart, add, ahead);
+      tile<R, C>(a, a_apart, b, depth, out, out_apart, ahead);
     } else {
-      tile_of<R - 1, C>(rows, a, a_apart, b, b_apart, depth, out, out_apart, add, ahead);
+      tile_of<R - 1, C>(rows, a, a_apart, b, depth, out, out_apart, ahead);
     }
   }
 }
 
-// out[n, PANEL] = kernel[n, K] times a panel, in tiles of R rows and C vectors.
-template <size_t R, size_t C>
-void rows_times_panel(const float* kernel, size_t rows, size_t K, const float* panel, float* out) {
-  for (size_t k = 0; k < K; k += DEPTH) {
-    size_t depth = std::min(DEPTH, K - k);
-    for (size_t r = 0; r < rows; r += R) {
-      const float* a = kernel + r * K + k;
-      tile_of<R, C>(std::min(R, rows - r), a, K, panel + k * PANEL, PANEL, depth, out + r * PANEL, PANEL, k > 0, a + R * K);
-    }
+// out[n, v] = n rows of a kernel times a panel of C vectors, in tiles. Each calls the next rows into the cache, and the last
+// one those at `then`; nullptr: none does.
+template <size_t C>
+void rows_times_panel(const float* kernel, size_t rows, size_t depth, const float* panel, float* out, const float* then) {
+  constexpr size_t R = TILE / C, width = C * LANES;
+  for (size_t r = 0; r < rows; r += R) {
+    const float *a = kernel + r * depth, *next = r + R < rows ? a + R * depth : then;
+    tile_of<R, C>(std::min(R, rows - r), a, depth, panel, depth, out + r * width, width, then == nullptr ? nullptr : next);
   }
 }
 
@@ -309,15 +344,16 @@ inline Eight exponential(Eight x) {
 // linear
 // ---------------------------------------------------------------------------------------------------------------------
 
-// What stands in out [features, PANEL] to y [tokens, N], with bias and activation.
-void put(const float* out, size_t features, size_t tokens, const float* bias, Activation activation, float* y, size_t N) {
+// What stands in out [features, width] to y [tokens, N], with bias and activation.
+void put(const float* out, size_t width, size_t features, size_t tokens, const float* bias, Activation activation, float* y,
+         size_t N) {
   const size_t whole = features / 8 * 8, rest = features - whole;
   Eight last{};
   if (bias != nullptr) std::memcpy(&last, bias + whole, rest * sizeof(float));
   auto finished = [&](Eight value, Eight more) { return activation == GELU ? gelu(value + more) : value + more; };
   alignas(64) float turned[8 * BLOCK];
   for (size_t t = 0; t < tokens; t += 8) {
-    for (size_t f = 0; f < features; f += 8) turn(out + f * PANEL + t, PANEL, turned + f, BLOCK);
+    for (size_t f = 0; f < features; f += 8) turn(out + f * width + t, width, turned + f, BLOCK);
     for (size_t i = 0; i < std::min<size_t>(8, tokens - t); i++) {
       const float* from = turned + i * BLOCK;
       float* to = y + (t + i) * N;
@@ -340,14 +376,29 @@ struct Matrix {
   size_t blocks() const { return (N + BLOCK - 1) / BLOCK; }
 };
 
-// y = activation(x kernel^T + bias) of each matrix. `panels` has room for all of x, in whole panels.
-void linear(const float* x, size_t M, size_t K, const std::vector<Matrix>& matrices, Activation activation, float* panels) {
-  const size_t count = (M + PANEL - 1) / PANEL, groups = (count + GROUP - 1) / GROUP;
+// How tokens are shared out to panels of up to MOST vectors each.
+struct Panels {
+  explicit Panels(size_t tokens)
+      : tokens(tokens), vectors((tokens + LANES - 1) / LANES), count((vectors + MOST - 1) / MOST) {}
+  // The first token of a panel. The last two panels have at least two vectors each: a single one is no faster than two.
+  size_t begin(size_t i) const {
+    if (i == count) return tokens;
+    return count == 1 ? 0 : std::min(MOST * i, vectors - 2 * (count - i)) * LANES;
+  }
+  size_t of(size_t i) const { return begin(i + 1) - begin(i); }
+  size_t width(size_t i) const { return (of(i) + LANES - 1) / LANES * LANES; }
+  const size_t tokens, vectors, count;
+};
+
+// y = activation(x kernel^T + bias) of each matrix. `room` is for x in panels.
+void linear(const float* x, size_t M, size_t K, const std::vector<Matrix>& matrices, Activation activation, float* room) {
+  const Panels panels(M);
+  const size_t groups = (panels.count + GROUP - 1) / GROUP;
   size_t blocks = 0;
   for (const Matrix& one : matrices) blocks += one.blocks();
   Crew& crew = Crew::get();
-  crew.each(count, M * K > 100'000, [&](size_t i) {
-    fill_panel(x + i * PANEL * K, K, std::min(PANEL, M - i * PANEL), K, panels + i * PANEL * K);
+  crew.each(panels.count, M * K > 100'000, [&](size_t i) {
+    fill_panel(x + panels.begin(i) * K, K, panels.of(i), K, room + panels.begin(i) * K, panels.width(i));
   });
   // The groups of a block follow one another: its part of the kernel stays in the second cache.
   crew.each(blocks * groups, M * K * blocks * BLOCK > 400'000, [&](size_t task) {
@@ -356,15 +407,18 @@ void linear(const float* x, size_t M, size_t K, const std::vector<Matrix>& matri
     for (; block >= one->blocks(); one++) block -= one->blocks();
     const size_t first = block * BLOCK, rows = std::min(BLOCK, one->N - first);
     const float *kernel = one->kernel + first * K, *bias = one->bias ? one->bias + first : nullptr;
-    alignas(64) float out[BLOCK * PANEL];
-    for (size_t i = begin; i < std::min(count, begin + GROUP); i++) {
-      const size_t tokens = std::min(PANEL, M - i * PANEL);
-      if (tokens <= LANES) {
-        rows_times_panel<ROWS, 1>(kernel, rows, K, panels + i * PANEL * K, out);
-      } else {
-        rows_times_panel<ROWS, 2>(kernel, rows, K, panels + i * PANEL * K, out);
-      }
-      put(out, rows, tokens, bias, activation, one->y + i * PANEL * one->N + first, one->N);
+    const size_t end = std::min(panels.count, begin + GROUP);
+    alignas(64) float out[GROUP][BLOCK * MOST * LANES];
+    for (size_t i = begin; i < end; i++) {
+      const size_t width = panels.width(i);
+      auto multiply = width == LANES ? rows_times_panel<1> : width == 2 * LANES ? rows_times_panel<2> : rows_times_panel<3>;
+      // The first panel has to wait for the kernel. The blocks between are other threads'.
+      const float* then = i == begin ? kernel + crew.share() * BLOCK * K : nullptr;
+      multiply(kernel, rows, K, room + panels.begin(i) * K, out[i - begin], then);
+    }
+    for (size_t i = begin; i < end; i++) {
+      float* y = one->y + panels.begin(i) * one->N + first;
+      put(out[i - begin], panels.width(i), rows, panels.of(i), bias, activation, y, one->N);
     }
   });
 }
@@ -374,7 +428,7 @@ void linear(const float* x, size_t M, size_t K, const std::vector<Matrix>& matri
 // ---------------------------------------------------------------------------------------------------------------------
 
 struct Heads {
-  size_t query, key, width;  // heads of queries, of keys and values; features of each, a multiple of PANEL
+  size_t query, key, width;  // heads of queries, of keys and values; features of each, a multiple of PAIR
   float scale;
 };
 
@@ -401,25 +455,31 @@ float soften(float* scores, size_t n, size_t room, float scale) {
 void head(const float* query, const float* key, const float* value, float* out, size_t count, size_t seen,
           const Heads& heads) {
   const size_t width = heads.width, query_apart = heads.query * width, key_apart = heads.key * width;
-  const size_t panels = (seen + PANEL - 1) / PANEL, room = panels * PANEL;
+  constexpr size_t ROWS = TILE / 2;
+  const size_t panels = (seen + PAIR - 1) / PAIR, room = panels * PAIR;
   static thread_local std::vector<float> scratch;
   if (scratch.size() < room * (2 * width + ROWS)) scratch.resize(room * (2 * width + ROWS));
   float *keys = scratch.data(), *values = keys + room * width, *scores = values + room * width;
   for (size_t p = 0; p < panels; p++) {
-    fill_panel(key + p * PANEL * key_apart, key_apart, std::min(PANEL, seen - p * PANEL), width, keys + p * PANEL * width);
+    const size_t begin = p * PAIR;
+    fill_panel(key + begin * key_apart, key_apart, std::min(PAIR, seen - begin), width, keys + begin * width, PAIR);
   }
-  for (size_t s = 0; s < seen; s++) std::memcpy(values + s * width, value + s * key_apart, width * sizeof(float));
+  for (size_t f = 0; f < width; f += PAIR) {
+    for (size_t s = 0; s < seen; s++) {
+      std::memcpy(values + f * room + s * PAIR, value + s * key_apart + f, PAIR * sizeof(float));
+    }
+  }
   for (size_t first = 0; first < count; first += ROWS) {
     const size_t rows = std::min(ROWS, count - first);
     for (size_t p = 0; p < panels; p++) {
-      tile_of<ROWS, 2>(rows, query + first * query_apart, query_apart, keys + p * PANEL * width, PANEL, width,
-                       scores + p * PANEL, room, false, nullptr);
+      const float* keys_of = keys + p * PAIR * width;
+      tile_of<ROWS, 2>(rows, query + first * query_apart, query_apart, keys_of, width, scores + p * PAIR, room, nullptr);
     }
     float sums[ROWS];
     for (size_t r = 0; r < rows; r++) sums[r] = soften(scores + r * room, seen, room, heads.scale);
     float* to = out + first * query_apart;
-    for (size_t f = 0; f < width; f += PANEL) {
-      tile_of<ROWS, 2>(rows, scores, room, values + f, width, seen, to + f, query_apart, false, nullptr);
+    for (size_t f = 0; f < width; f += PAIR) {
+      tile_of<ROWS, 2>(rows, scores, room, values + f * room, seen, to + f, query_apart, nullptr);
     }
     for (size_t r = 0; r < rows; r++) {
       for (size_t f = 0; f < width; f += LANES) {
@@ -523,5 +583,5 @@ extern "C" XLA_FFI_Error* jaxembed_attention(XLA_FFI_CallFrame* frame) {
 extern "C" void jaxembed_begin() { Crew::get().begin(); }
 extern "C" void jaxembed_end() { Crew::get().end(); }
 
-// Tokens of a panel, for whoever makes room.
-extern "C" int64_t jaxembed_panel() { return PANEL; }
+// Numbers of a vector, for whoever makes room.
+extern "C" int64_t jaxembed_lanes() { return LANES; }

@@ -23,13 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-__all__ = ["Product", "attention", "build", "compiler", "host_cpu", "load", "panel", "products", "running"]
+__all__ = ["Product", "attention", "build", "compiler", "host_cpu", "lanes", "load", "products", "running"]
 
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = (
-    *("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+    *("-std=c++17", "-O2", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
     *("-fPIC", "-shared", "-pthread"),
 )
 TARGETS = ("jaxembed_linear", "jaxembed_attention")
@@ -87,19 +87,19 @@ def load(library: bytes) -> None:
         loaded = ctypes.PyDLL(str(file))
     for name in TARGETS:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
-    loaded.jaxembed_panel.restype = ctypes.c_int64
+    loaded.jaxembed_lanes.restype = ctypes.c_int64
     _loaded = loaded
 
 
-def panel() -> int:
-    """Tokens that lie beside each other while products are computed; heads must have a multiple of so many features.
+def lanes() -> int:
+    """Numbers of a vector: heads must have a multiple of twice as many features.
 
     Raises:
         RuntimeError: nothing is loaded.
     """
     if _loaded is None:
         raise RuntimeError("the kernels for CPU are not loaded")
-    return int(_loaded.jaxembed_panel())
+    return int(_loaded.jaxembed_lanes())
 
 
 @contextmanager
@@ -127,7 +127,7 @@ def products(
     """
     depth = x.shape[-1]
     tokens = x.size // depth
-    room = -(-tokens // panel()) * panel() * depth
+    room = -(-tokens // lanes()) * lanes() * depth
     shapes = [(*x.shape[:-1], kernel.shape[0]) for kernel, _ in matrices]
     operands = [y for kernel, bias in matrices for y in (kernel, jnp.zeros(0, jnp.float32) if bias is None else bias)]
     call = jax.ffi.ffi_call(TARGETS[0], [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (*shapes, (room,))])
@@ -153,7 +153,7 @@ def attention(
         starts: the first token of each row, counted over all lines; ascending.
         counts: tokens of each row.
         seen: how many of them, the first ones, are keys.
-        head_dim: H, a multiple of `panel()`.
+        head_dim: H, a multiple of twice `lanes()`.
         scale: of the scores.
     """
     call = jax.ffi.ffi_call(TARGETS[1], jax.ShapeDtypeStruct(query.shape, jnp.float32))
