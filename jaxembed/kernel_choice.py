@@ -27,7 +27,7 @@ KIND = "cpu_kernels"
 """What libraries are called in the cache."""
 
 TIMED = (16, 64, 128, 512)
-"""Tokens of the products that are timed. Beyond, the two were alike where they were measured (docs/performance.md)."""
+"""Tokens of the products that are timed, up to those of the largest batch but for a single very long row."""
 
 SIZE = (384, 1536)
 """Their input and output features."""
