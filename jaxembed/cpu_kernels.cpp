@@ -31,11 +31,11 @@ constexpr size_t TILE = 24;  // vectors of a tile, which stay in registers
 constexpr size_t LANES = 8;
 constexpr size_t TILE = 12;
 #endif
-constexpr size_t MOST = 3;           // vectors of tokens in a panel of a product
-constexpr size_t PAIR = 2 * LANES;   // tokens, or features, that attention takes at a time
-constexpr size_t BLOCK = 48;  // output features that one thread takes at a time: a multiple of 8 and of a tile's rows
+constexpr size_t MOST = 3;          // vectors of tokens in a panel of a product
+constexpr size_t PAIR = 2 * LANES;  // tokens, or features, that attention takes at a time
+constexpr size_t BLOCK = 48;        // output features that one thread takes at a time: a multiple of 8 and of a tile's rows
 constexpr size_t GROUP = 96 / (MOST * LANES);  // panels that it takes at a time
-constexpr size_t LINE = 16;           // numbers of a line of the cache
+constexpr size_t LINE = 16;                    // numbers of a line of the cache
 constexpr size_t EIGHT = 8;
 
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));

@@ -115,7 +115,7 @@ def linears(
 ) -> tuple[Float[Array, "B T _"], ...]:
     """What each of these layers makes of the same x, and an activation of that.
 
-    Few tokens are left to `cpu_kernels`, where there are some: they read a kernel as it lies, and bias and activation
+    Up to `Kernels.cpu_tokens` tokens are left to `cpu_kernels`: they read a kernel as it lies, and bias and activation
     are no passes of their own.
     """
     kernels = available()
