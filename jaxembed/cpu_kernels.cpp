@@ -408,17 +408,14 @@ void linear(const float* x, size_t M, size_t K, const std::vector<Matrix>& matri
     const size_t first = block * BLOCK, rows = std::min(BLOCK, one->N - first);
     const float *kernel = one->kernel + first * K, *bias = one->bias ? one->bias + first : nullptr;
     const size_t end = std::min(panels.count, begin + GROUP);
-    alignas(64) float out[GROUP][BLOCK * MOST * LANES];
+    alignas(64) float out[BLOCK * MOST * LANES];
     for (size_t i = begin; i < end; i++) {
       const size_t width = panels.width(i);
       auto multiply = width == LANES ? rows_times_panel<1> : width == 2 * LANES ? rows_times_panel<2> : rows_times_panel<3>;
       // The first panel has to wait for the kernel. The blocks between are other threads'.
       const float* then = i == begin ? kernel + crew.share() * BLOCK * K : nullptr;
-      multiply(kernel, rows, K, room + panels.begin(i) * K, out[i - begin], then);
-    }
-    for (size_t i = begin; i < end; i++) {
-      float* y = one->y + panels.begin(i) * one->N + first;
-      put(out[i - begin], panels.width(i), rows, panels.of(i), bias, activation, y, one->N);
+      multiply(kernel, rows, K, room + panels.begin(i) * K, out, then);
+      put(out, width, rows, panels.of(i), bias, activation, one->y + panels.begin(i) * one->N + first, one->N);
     }
   });
 }
