@@ -31,10 +31,10 @@ constexpr size_t TILE = 24;  // vectors of a tile, which stay in registers
 constexpr size_t LANES = 8;
 constexpr size_t TILE = 12;
 #endif
-constexpr size_t MOST = 3;          // vectors of tokens in a panel of a product
+constexpr size_t MOST = 4;          // vectors of tokens in a panel of a product
 constexpr size_t PAIR = 2 * LANES;  // tokens, or features, that attention takes at a time
 constexpr size_t BLOCK = 48;        // output features that one thread takes at a time: a multiple of 8 and of a tile's rows
-constexpr size_t GROUP = 96 / (MOST * LANES);  // panels that it takes at a time
+constexpr size_t GROUP = 32 / LANES;           // panels that it takes at a time
 constexpr size_t LINE = 16;                    // numbers of a line of the cache
 constexpr size_t EIGHT = 8;
 
@@ -223,16 +223,27 @@ template <size_t R> struct Rows {
 
 // sums[r, v] += row r's number k times b[v].
 template <size_t R, size_t C> inline void step(Vector (&sums)[R][C], const Rows<R>& rows, size_t k, const float* b) {
-  static_assert(C >= 1 && C <= MOST);
-  // No array: the compiler would keep it in memory.
-  Vector first = load<Vector>(b), second = C > 1 ? load<Vector>(b + LANES) : first;
-  Vector third = C > 2 ? load<Vector>(b + 2 * LANES) : first;
+  // Kept in registers are the fewer of the two: vectors of b, or a number of each row.
+  if constexpr (C <= R) {
+    Vector columns[C];
+#pragma GCC unroll 4
+    for (size_t c = 0; c < C; c++) columns[c] = load<Vector>(b + c * LANES);
 #pragma GCC unroll 16
-  for (size_t r = 0; r < R; r++) {
-    Vector spread = rows.at(r)[k] - Vector{};
-    multiply_add(sums[r][0], spread, first);
-    if constexpr (C > 1) multiply_add(sums[r][1], spread, second);
-    if constexpr (C > 2) multiply_add(sums[r][2], spread, third);
+    for (size_t r = 0; r < R; r++) {
+      Vector spread = rows.at(r)[k] - Vector{};
+#pragma GCC unroll 4
+      for (size_t c = 0; c < C; c++) multiply_add(sums[r][c], spread, columns[c]);
+    }
+  } else {
+    Vector spread[R];
+#pragma GCC unroll 4
+    for (size_t r = 0; r < R; r++) spread[r] = rows.at(r)[k] - Vector{};
+#pragma GCC unroll 4
+    for (size_t c = 0; c < C; c++) {
+      Vector column = load<Vector>(b + c * LANES);
+#pragma GCC unroll 4
+      for (size_t r = 0; r < R; r++) multiply_add(sums[r][c], spread[r], column);
+    }
   }
 }
 
@@ -244,7 +255,7 @@ inline void tile(const float* a, size_t a_apart, const float* b, size_t depth, f
   Vector sums[R][C];
 #pragma GCC unroll 16
   for (size_t r = 0; r < R; r++) {
-#pragma GCC unroll 3
+#pragma GCC unroll 4
     for (size_t c = 0; c < C; c++) sums[r][c] = Vector{};
   }
   Rows<R> rows(a, a_apart);
@@ -263,7 +274,7 @@ inline void tile(const float* a, size_t a_apart, const float* b, size_t depth, f
   for (size_t i = 0; k + i < depth; i++) step(sums, rows, i, b + i * C * LANES);
 #pragma GCC unroll 16
   for (size_t r = 0; r < R; r++) {
-#pragma GCC unroll 3
+#pragma GCC unroll 4
     for (size_t c = 0; c < C; c++) store(out + r * out_apart + c * LANES, sums[r][c]);
   }
 }
@@ -376,15 +387,11 @@ struct Matrix {
   size_t blocks() const { return (N + BLOCK - 1) / BLOCK; }
 };
 
-// How tokens are shared out to panels of up to MOST vectors each.
+// How tokens are shared out to panels: three or four vectors each, where there are enough.
 struct Panels {
   explicit Panels(size_t tokens)
-      : tokens(tokens), vectors((tokens + LANES - 1) / LANES), count((vectors + MOST - 1) / MOST) {}
-  // The first token of a panel. The last two panels have at least two vectors each: a single one is no faster than two.
-  size_t begin(size_t i) const {
-    if (i == count) return tokens;
-    return count == 1 ? 0 : std::min(MOST * i, vectors - 2 * (count - i)) * LANES;
-  }
+      : tokens(tokens), vectors((tokens + LANES - 1) / LANES), count(std::max(vectors / 3, (vectors + MOST - 1) / MOST)) {}
+  size_t begin(size_t i) const { return i == count ? tokens : vectors * i / count * LANES; }
   size_t of(size_t i) const { return begin(i + 1) - begin(i); }
   size_t width(size_t i) const { return (of(i) + LANES - 1) / LANES * LANES; }
   const size_t tokens, vectors, count;
@@ -411,10 +418,11 @@ void linear(const float* x, size_t M, size_t K, const std::vector<Matrix>& matri
     alignas(64) float out[BLOCK * MOST * LANES];
     for (size_t i = begin; i < end; i++) {
       const size_t width = panels.width(i);
-      auto multiply = width == LANES ? rows_times_panel<1> : width == 2 * LANES ? rows_times_panel<2> : rows_times_panel<3>;
+      constexpr decltype(&rows_times_panel<1>) multiply[] = {rows_times_panel<1>, rows_times_panel<2>, rows_times_panel<3>,
+                                                             rows_times_panel<4>};
       // The first panel has to wait for the kernel. The blocks between are other threads'.
       const float* then = i == begin ? kernel + crew.share() * BLOCK * K : nullptr;
-      multiply(kernel, rows, K, room + panels.begin(i) * K, out, then);
+      multiply[width / LANES - 1](kernel, rows, K, room + panels.begin(i) * K, out, then);
       put(out, width, rows, panels.of(i), bias, activation, one->y + panels.begin(i) * one->N + first, one->N);
     }
   });
