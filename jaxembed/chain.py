@@ -27,18 +27,18 @@ class Features(NamedTuple):
     """What travels along the chain.
 
     Attributes:
-        states: hidden states; the last one is what the encoder gives.
+        states: hidden states, in lines; the last one is what the encoder gives.
         tokens: what it was called with.
         prompt_lengths: leading tokens that pooling leaves out.
         vectors: one vector a text, once they are pooled.
     """
 
-    states: tuple[Float[Array, "B T D"], ...]
+    states: tuple[Float[Array, "L M D"], ...]
     tokens: Tokens
     prompt_lengths: Int[Array, " B"]
     vectors: Float[Array, "B P"] | None = None
 
-    def with_tokens(self, x: Float[Array, "B T E"]) -> "Features":
+    def with_tokens(self, x: Float[Array, "L M E"]) -> "Features":
         """The same with other token vectors."""
         return self._replace(states=(*self.states[:-1], x))
 
@@ -56,7 +56,7 @@ class PoolStep(nnx.Module):
         self.spec = spec
 
     def __call__(self, features: Features) -> Features:
-        vectors = pool(features.states[-1], features.tokens.mask, features.prompt_lengths, self.spec)
+        vectors = pool(features.states[-1], features.tokens.rows, features.prompt_lengths, self.spec)
         return features._replace(vectors=vectors)
 
 
@@ -77,7 +77,7 @@ class DenseStep(nnx.Module):
             return features.with_tokens(self.of(features.states[-1]))
         return features._replace(vectors=self.of(features.pooled[:, None])[:, 0])
 
-    def of(self, x: Float[Array, "B T In"]) -> Float[Array, "B T Out"]:
+    def of(self, x: Float[Array, "L M In"]) -> Float[Array, "L M Out"]:
         """Of each vector."""
         y = self.activation(self.linear(x))
         if not self.adds:

@@ -16,6 +16,7 @@ from jaxembed.architecture import FILL_MASK, SEQUENCE_CLASSIFICATION, Head, Weig
 from jaxembed.blocks import linear_weights, norm_weights
 from jaxembed.layers import LayerNorm, Linear, activation, matmul, parameter
 from jaxembed.pooling import pool
+from jaxembed.tokens import Rows
 from jaxembed.types import Pooling, PoolingMode
 
 __all__ = [
@@ -60,7 +61,7 @@ class Classifier(nnx.Module):
         self.pooling = Pooling((mode,))
 
     def __call__(self, hidden: Float[Array, "B T D"], mask: Bool[Array, "B T"]) -> Float[Array, "B L"]:
-        pooled = pool(hidden, mask, jnp.zeros(hidden.shape[:1], jnp.int32), self.pooling)
+        pooled = pool(hidden, Rows(mask), jnp.zeros(hidden.shape[:1], jnp.int32), self.pooling)
         x = self.activation(self.dense(pooled[:, None]))
         return self.output(x if self.norm is None else self.norm(x))[:, 0]
 

@@ -98,13 +98,13 @@ class Model:
         """What the branch of an output makes of the encoder's last hidden state. For use inside a traced function."""
         chain, others = merged(self.parts, leaves)
         layers = dict(zip(self.branches, merged(tuple(self.branches.values()), others)[0], strict=True))
-        vectors: Float[Array, "B T E"] = layers[output](states(chain[0], tokens)[-1])
+        vectors: Float[Array, "B T E"] = layers[output](last_state(chain[0], tokens))
         return vectors
 
     def features(self, leaves: Leaves, tokens: Tokens, prompt_lengths: Int[Array, " B"]) -> Features:
-        """Encoder and steps: hidden states, token vectors and, where there is Pooling, one vector a text."""
+        """Encoder and steps, in lines: hidden states, token vectors and, where there is Pooling, one vector a text."""
         encoder, *steps = self.chain(leaves)
-        features = Features(states(encoder, tokens), tokens, prompt_lengths)
+        features = Features(tuple(encoder.hidden_states(tokens)), tokens, prompt_lengths)
         for step in steps:
             features = step(features)
         return features
@@ -146,7 +146,8 @@ class Model:
             case Output.TOKENS if output in self.branches:
                 return finish(self.branch(output, leaves, tokens), dimensions, normalize)
             case Output.TOKENS:
-                return finish(self.features(leaves, tokens, prompt_lengths).states[-1], dimensions, normalize)
+                vectors = self.features(leaves, tokens, prompt_lengths).states[-1]
+                return finish(tokens.rows.apart(vectors), dimensions, normalize)
             case Output.SPARSE if output in self.branches:
                 weights = self.branch(output, leaves, tokens)[:, :, 0]
                 ids, size = tokens.padded.input_ids, self.config.vocab_size
@@ -156,11 +157,11 @@ class Model:
                 return row
             case Output.SPARSE:
                 encoder = self.encoder(leaves)
-                logits = encoder.head(states(encoder, tokens)[-1], encoder)
+                logits = encoder.head(last_state(encoder, tokens), encoder)
                 return splade(logits, tokens.mask, self.checkpoint.splade or SpladePooling())
             case Output.SCORES:
                 encoder = self.encoder(leaves)
-                scores: Float[Array, "B L"] = encoder.head(states(encoder, tokens)[-1], tokens.mask)
+                scores: Float[Array, "B L"] = encoder.head(last_state(encoder, tokens), tokens.mask)
                 return scores
 
     def embed(
@@ -213,9 +214,10 @@ class Model:
         )
 
 
-def states(encoder: Any, tokens: Tokens) -> tuple[Float[Array, "B T D"], ...]:
-    """An encoder's hidden states by rows, whether the batch is padded or flat."""
-    return tuple(tokens.rows.apart(state) for state in encoder.hidden_states(tokens))
+def last_state(encoder: Any, tokens: Tokens) -> Float[Array, "B T D"]:
+    """An encoder's last hidden state by rows, whether the batch is padded or flat."""
+    state: Float[Array, "B T D"] = tokens.rows.apart(encoder.hidden_states(tokens)[-1])
+    return state
 
 
 def merged(parts: Sequence[Part], leaves: Leaves) -> tuple[list[Any], Leaves]:

@@ -9,57 +9,48 @@ from collections.abc import Callable, Mapping
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxembed.tokens import Rows
 from jaxembed.types import Pooling, PoolingMode, SpladePooling
 
 __all__ = ["finish", "pool", "splade", "unit"]
 
-Tokens = Float[Array, "B T D"]
+Lines = Float[Array, "L M D"]
 Mask = Bool[Array, "B T"]
 
 EPS_COUNT = 1e-9
 EPS_NORM = 1e-12
 
 
-def first_token(x: Tokens, mask: Mask, weights: Float[Array, "B T"]) -> Float[Array, "B D"]:
+def first_token(x: Lines, rows: Rows, mask: Mask, weights: Float[Array, "B T"]) -> Float[Array, "B D"]:
     """The first token that counts; position 0 where none does."""
-    return take(x, jnp.argmax(mask, axis=1))
+    return rows.one(x, jnp.argmax(mask, axis=1))
 
 
-def last_token(x: Tokens, mask: Mask, weights: Float[Array, "B T"]) -> Float[Array, "B D"]:
+def last_token(x: Lines, rows: Rows, mask: Mask, weights: Float[Array, "B T"]) -> Float[Array, "B D"]:
     """The last token that counts; zeros where none does."""
-    index = jnp.where(mask.any(axis=1), mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1), 0)
-    return take(x * mask[:, :, None].astype(x.dtype), index)
+    index = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+    return jnp.where(mask.any(axis=1, keepdims=True), rows.one(x, index), 0.0)
 
 
-def largest(x: Tokens, mask: Mask, weights: Float[Array, "B T"]) -> Float[Array, "B D"]:
+def largest(x: Lines, rows: Rows, mask: Mask, weights: Float[Array, "B T"]) -> Float[Array, "B D"]:
     """Per feature the largest value over the tokens that count."""
-    return jnp.max(jnp.where(mask[:, :, None], x, -jnp.inf), axis=1)
+    return jnp.max(jnp.where(mask[:, :, None], rows.apart(x), -jnp.inf), axis=1)
 
 
-def mean(x: Tokens, mask: Mask, weights: Float[Array, "B T"]) -> Float[Array, "B D"]:
+def mean(x: Lines, rows: Rows, mask: Mask, weights: Float[Array, "B T"]) -> Float[Array, "B D"]:
     """sum / max(count, 1e-9)."""
-    return total(x, mask) / count(mask)
+    return rows.total(x, mask.astype(x.dtype)) / count(mask)
 
 
-def mean_sqrt_length(x: Tokens, mask: Mask, weights: Float[Array, "B T"]) -> Float[Array, "B D"]:
+def mean_sqrt_length(x: Lines, rows: Rows, mask: Mask, weights: Float[Array, "B T"]) -> Float[Array, "B D"]:
     """sum / sqrt(max(count, 1e-9))."""
-    return total(x, mask) / jnp.sqrt(count(mask))
+    return rows.total(x, mask.astype(x.dtype)) / jnp.sqrt(count(mask))
 
 
-def weighted_mean(x: Tokens, mask: Mask, weights: Float[Array, "B T"]) -> Float[Array, "B D"]:
+def weighted_mean(x: Lines, rows: Rows, mask: Mask, weights: Float[Array, "B T"]) -> Float[Array, "B D"]:
     """Mean with weights 1, 2, 3, ... counted from the first token that is not padding (https://arxiv.org/abs/2202.08904)."""
     kept = weights * mask.astype(x.dtype)
-    return jnp.sum(x * kept[:, :, None], axis=1) / jnp.maximum(jnp.sum(kept, axis=1, keepdims=True), EPS_COUNT)
-
-
-def take(x: Tokens, index: Int[Array, " B"]) -> Float[Array, "B D"]:
-    """One token of each row."""
-    return jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]
-
-
-def total(x: Tokens, mask: Mask) -> Float[Array, "B D"]:
-    """Sum over the tokens that count."""
-    return jnp.sum(x * mask[:, :, None].astype(x.dtype), axis=1)
+    return rows.total(x, kept) / jnp.maximum(jnp.sum(kept, axis=1, keepdims=True), EPS_COUNT)
 
 
 def count(mask: Mask) -> Float[Array, "B 1"]:
@@ -67,7 +58,7 @@ def count(mask: Mask) -> Float[Array, "B 1"]:
     return jnp.maximum(jnp.sum(mask, axis=1, keepdims=True).astype(jnp.float32), EPS_COUNT)
 
 
-MODES: Mapping[PoolingMode, Callable[[Tokens, Mask, Float[Array, "B T"]], Float[Array, "B D"]]] = {
+MODES: Mapping[PoolingMode, Callable[[Lines, Rows, Mask, Float[Array, "B T"]], Float[Array, "B D"]]] = {
     PoolingMode.CLS: first_token,
     PoolingMode.MAX: largest,
     PoolingMode.MEAN: mean,
@@ -77,19 +68,22 @@ MODES: Mapping[PoolingMode, Callable[[Tokens, Mask, Float[Array, "B T"]], Float[
 }
 
 
-def pool(x: Tokens, mask: Mask, prompt_lengths: Int[Array, " B"], pooling: Pooling) -> Float[Array, "B P"]:
+def pool(x: Lines, rows: Rows, prompt_lengths: Int[Array, " B"], pooling: Pooling) -> Float[Array, "B P"]:
     """Pool token vectors; several modes are concatenated, so P = D * len(pooling.modes).
 
     Args:
-        x: token vectors, float32.
-        mask: tokens that are not padding; on either side.
+        x: token vectors, float32, in lines: only their largest values need them by rows.
+        rows: where the rows stand; where each has a line of its own, with padding on either side.
         prompt_lengths: leading tokens to leave out; used only if `pooling.include_prompt` is false.
         pooling: the model's Pooling module.
     """
-    positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None, :] - jnp.argmax(mask, axis=1).astype(jnp.int32)[:, None]
+    mask = rows.mask
+    positions = (
+        jnp.arange(mask.shape[1], dtype=jnp.int32)[None, :] - jnp.argmax(mask, axis=1).astype(jnp.int32)[:, None]
+    )
     kept = mask if pooling.include_prompt else mask & (positions >= prompt_lengths[:, None])
     weights = (positions + 1).astype(x.dtype)
-    return jnp.concatenate([MODES[mode](x, kept, weights) for mode in pooling.modes], axis=-1)
+    return jnp.concatenate([MODES[mode](x, rows, kept, weights) for mode in pooling.modes], axis=-1)
 
 
 def splade(logits: Float[Array, "B T V"], mask: Mask, pooling: SpladePooling) -> Float[Array, "B V"]:

@@ -7,8 +7,9 @@ layers that look at one token at a time then compute no padding, and those that 
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxembed.types import NO_TASK
 
@@ -93,6 +94,21 @@ class Rows(NamedTuple):
         if self.flat is None:
             return x
         return jnp.take(x.reshape(-1, *x.shape[2:]), self.flat.places, axis=0, mode="clip")[None]
+
+    def one(self, x: Shaped[Array, "L M D"], places: Int[Array, " B"]) -> Shaped[Array, "B D"]:
+        """Of each row the token at one of its places."""
+        if self.flat is None:
+            return jnp.take_along_axis(x, places[:, None, None], axis=1)[:, 0]
+        return jnp.take(x[0], jnp.take_along_axis(self.flat.line, places[:, None], axis=1)[:, 0], axis=0, mode="clip")
+
+    def total(self, x: Float[Array, "L M D"], weights: Float[Array, "B T"]) -> Float[Array, "B D"]:
+        """The sum of each row's tokens, each times its weight. In line, no place without a token takes part."""
+        if self.flat is None:
+            return jnp.sum(x * weights[:, :, None], axis=1)
+        line, starts = jnp.arange(x.shape[1], dtype=jnp.int32)[None], self.starts[:, None]
+        own = (line >= starts) & (line < starts + self.lengths[:, None])
+        spread = jnp.where(own, self.together(weights), 0.0)
+        return jnp.matmul(spread, x[0], precision=jax.lax.Precision.HIGHEST)
 
     def each(self, values: Shaped[Array, " B"]) -> Shaped[Array, "L _"]:
         """What is said of each row, for each of its tokens; to be broadcast."""

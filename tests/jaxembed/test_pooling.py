@@ -11,6 +11,7 @@ import torch
 from sentence_transformers.sentence_transformer import modules
 
 from jaxembed.pooling import finish, pool
+from jaxembed.tokens import Rows
 from jaxembed.types import Pooling, PoolingMode
 
 WIDTH = 8
@@ -47,7 +48,7 @@ def reference(x: np.ndarray, mask: np.ndarray, modes: Any, prompt_length: int | 
 def pooled(x: np.ndarray, mask: np.ndarray, pooling: Pooling, prompt_lengths: Any = 0) -> np.ndarray:
     """Ours, jitted."""
     prompts = np.broadcast_to(np.asarray(prompt_lengths, np.int32), len(x))
-    return np.asarray(jax.jit(pool, static_argnums=3)(x, mask, prompts, pooling))
+    return np.asarray(jax.jit(pool, static_argnums=3)(x, Rows(mask), prompts, pooling))
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -58,6 +59,25 @@ def test_every_mode_and_concatenation(modes: tuple[PoolingMode, ...], side: str)
     got = pooled(x, mask, Pooling(modes))
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, reference(x, mask, modes), atol=1e-6)
+
+
+@pytest.mark.parametrize("modes", [*SINGLE, tuple(PoolingMode)], ids="+".join)
+@pytest.mark.parametrize("prompt_length", [None, 0, 1, 4])
+def test_rows_in_line(modes: tuple[PoolingMode, ...], prompt_length: int | None) -> None:
+    """One behind another, an empty one and tokens of padding behind them."""
+    x, mask = tokens(), masks("right")
+    line = np.concatenate([x[mask], np.full((4, WIDTH), 1e6, np.float32)])[None]
+    lengths = jnp.asarray([*LENGTHS, 0], jnp.int32)
+    prompts = jnp.full(len(lengths), prompt_length or 0, jnp.int32)
+    pooling = Pooling(modes, include_prompt=prompt_length is None)
+
+    def run(line: jax.Array) -> jax.Array:
+        rows = Rows.in_line(lengths, lengths, tokens=line.shape[1], length=LENGTH)
+        return pool(line, rows, prompts, pooling)
+
+    got = np.asarray(jax.jit(run)(line))
+    longer = np.array(LENGTHS) > (prompt_length or 0)
+    np.testing.assert_allclose(got[:-1][longer], reference(x, mask, modes, prompt_length)[longer], atol=1e-6)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -156,7 +176,7 @@ def test_the_gradient_of_pooling_is_finite_on_padding(mode: PoolingMode) -> None
     mask = jnp.asarray([[True] * 4 + [False] * 5, [False] * 9])
 
     def total(x: jax.Array) -> jax.Array:
-        vectors = pool(x, mask, jnp.zeros((2,), jnp.int32), Pooling((mode,)))
+        vectors = pool(x, Rows(mask), jnp.zeros((2,), jnp.int32), Pooling((mode,)))
         return vectors[:1].sum()
 
     gradient = np.asarray(jax.grad(total)(x))
