@@ -148,7 +148,7 @@ def serve(port: int, *, accelerator: bool) -> int:
         def __init__(self) -> None:
             self.ladder = Ladder.default(max_length=256, max_batch_tokens=16_384 if accelerator else 1024)
             if accelerator:
-                self.ladder.dispatch_tokens = 4096
+                self.ladder.prices = self.ladder.prices._replace(call=4096)
             self.side_by_side, self.shares_cores = (2, False) if accelerator else (1, True)
             self.dimension = 384
             rows = (self.ladder.max_rows, self.dimension)

@@ -6,23 +6,20 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxembed.cost import Cost
 from jaxembed.errors import BucketError
 from jaxembed.types import Bucket
 
-__all__ = ["DISPATCH_TOKENS", "Ladder", "Plan", "flat_shapes", "rungs", "work"]
+__all__ = ["PRICES", "Ladder", "Plan", "flat_shapes", "rungs"]
 
-DISPATCH_TOKENS = 16
-"""What one more dispatch costs on CPU, in tokens of computation: the planner's price for splitting a group of rows."""
+PRICES = Cost(call=16.0, token=1.0, place=0.1, pair=0.1 / 128)
+"""What a batch costs on CPU, in tokens of computation, before it was measured: a dispatch costs as much as 16 of them; a
+place in attention's rows a tenth of one, and as much again for each 128 tokens of its row."""
 
 SHORTEST = 16
 
 STEP = 4
 """Each size of a batch in the default ladder is so many times the next smaller one."""
-
-PLACE = 0.1
-"""What a place in attention's rows without a token of the batch costs, in tokens of computation; and as much again for
-each `PAIRS` tokens of its row."""
-PAIRS = 128
 
 MEAN = 2 / 3
 """Mean length that rows of a flat shape are reckoned to have, in parts of its own, where nothing is known of them."""
@@ -33,11 +30,6 @@ class Plan(NamedTuple):
 
     bucket: Bucket
     items: tuple[int, ...]
-
-
-def work(bucket: Bucket) -> float:
-    """What a batch of this shape costs, in tokens of computation."""
-    return bucket.tokens + (bucket.places - bucket.tokens) * PLACE * (1 + bucket.seq_len / PAIRS)
 
 
 def rungs(max_length: int) -> list[int]:
@@ -73,8 +65,7 @@ class Ladder:
         batch_tokens: tokens of the largest shape of several rows, padding included; of the largest of all where none
             has several. A single row may be longer.
         max_rows: rows of the tallest shape.
-        dispatch_tokens: what one more dispatch costs, in tokens of computation; an engine that plans by the ladder puts
-            its own price there.
+        prices: what batches cost, in tokens of computation; an engine that plans by the ladder puts its own there.
 
     Raises:
         BucketError: no buckets, one with a size under 1, or a flat one of more tokens than its rows hold.
@@ -92,11 +83,20 @@ class Ladder:
         several = [b.tokens for b in self.buckets if b.batch_size > 1]
         self.batch_tokens = max(several or [b.tokens for b in self.buckets])
         self.max_rows = max(b.batch_size for b in self.buckets)
-        self.dispatch_tokens = DISPATCH_TOKENS
+        self.prices = PRICES
+
+    @property
+    def prices(self) -> Cost:
+        """As told above."""
+        return self._prices
+
+    @prices.setter
+    def prices(self, prices: Cost) -> None:
+        self._prices = prices
         self._by_length: dict[int, tuple[Bucket, ...]] = {}
         self._of_length: dict[int, list[tuple[Bucket, float]]] = {}
         for bucket in sorted(self.buckets, key=lambda b: (b.seq_len, b.batch_size)):
-            self._of_length.setdefault(bucket.seq_len, []).append((bucket, work(bucket)))
+            self._of_length.setdefault(bucket.seq_len, []).append((bucket, prices.of(bucket)))
 
     @classmethod
     def default(
@@ -153,9 +153,9 @@ class Ladder:
         return Ladder(found.values())
 
     def having(self, buckets: Iterable[Bucket]) -> "Ladder":
-        """A ladder of other shapes, by which a dispatch costs the same."""
+        """A ladder of other shapes at the same prices."""
         ladder = Ladder(buckets)
-        ladder.dispatch_tokens = self.dispatch_tokens
+        ladder.prices = self.prices
         return ladder
 
     def __str__(self) -> str:
@@ -184,7 +184,7 @@ class Ladder:
                 raise self._too_long(length)
             # What it costs, and less its rows and their tokens: what comes later must hold more.
             fits = sorted(
-                (work(bucket), -bucket.batch_size, -min(bucket.tokens, bucket.batch_size * length), bucket)
+                (self.prices.of(bucket), -bucket.batch_size, -min(bucket.tokens, bucket.batch_size * length), bucket)
                 for bucket in self.buckets
                 if bucket.seq_len >= length
             )
@@ -200,8 +200,7 @@ class Ladder:
         """Put every item into exactly one batch at the least cost.
 
         Rows are sorted by length, longest first, and cut into runs; the cheapest cutting is found exactly by
-        dynamic programming over the cost `work(bucket) + dispatch_tokens` per batch, where each takes as many rows as
-        there is room for.
+        dynamic programming over the `prices` of batches, where each takes as many rows as there is room for.
 
         Args:
             lengths: tokens of each item.
@@ -231,7 +230,7 @@ class Ladder:
             if lengths[order[i]] != length:
                 length = lengths[order[i]]
                 options = [
-                    (bucket.batch_size, work(bucket) + self.dispatch_tokens, ends.get(bucket.flat, anywhere), bucket)
+                    (bucket.batch_size, self.prices.of(bucket), ends.get(bucket.flat, anywhere), bucket)
                     for bucket in self.fitting(length)
                 ]
             least = math.inf
@@ -278,7 +277,6 @@ class Ladder:
                 candidates, tokens = nearest[fits], np.cumsum(others[fits])
                 most = first + int(tokens[-1]) if len(tokens) else first
             for bucket, cost in buckets:
-                cost += self.dispatch_tokens
                 # It cannot do more than all there is, or than it holds.
                 if min(most, bucket.tokens) / cost < best[0]:
                     continue

@@ -1,4 +1,4 @@
-"""What a batch of a shape costs, fitted to measured times. Knows no JAX."""
+"""What a batch of a shape costs: in tokens of computation, or in seconds, fitted to measured times. Knows no JAX."""
 
 import itertools
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ __all__ = ["Cost", "fit_cost"]
 
 
 class Cost(NamedTuple):
-    """Seconds of a batch: call + token * tokens + place * places + pair * places * length."""
+    """What a batch costs: call + token * tokens + place * places + pair * places * length."""
 
     call: float
     token: float
@@ -22,6 +22,12 @@ class Cost(NamedTuple):
     def of(self, bucket: Bucket) -> float:
         """Of one batch of this shape."""
         return self.call + bucket.tokens * self.token + bucket.batch_size * self.of_places(bucket.seq_len)
+
+    @property
+    def in_tokens(self) -> "Cost":
+        """The same in parts of what a token costs in a padded batch, where it is a place too; must cost something."""
+        unit = self.token + self.place
+        return Cost(*(factor / unit for factor in self))
 
     def of_row(self, length: int) -> float:
         """What a row of this length adds to a padded batch."""
@@ -33,7 +39,7 @@ class Cost(NamedTuple):
 
 
 def fit_cost(measured: Mapping[Bucket, float]) -> Cost:
-    """The cost that explains measured times best: least squares with no factor under 0.
+    """The cost in seconds that explains measured times best: least squares with no factor under 0.
 
     The residuals count relative to the time, so that the small shapes are not lost beside the large ones. Of four
     factors every choice of those that are not 0 is tried: SciPy's `nnls` would add some 30 MB to what a server holds.

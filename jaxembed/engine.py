@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from jaxembed import cache, cpu_kernels
 from jaxembed.buckets import Ladder
+from jaxembed.cost import Cost
 from jaxembed.errors import BucketError
 from jaxembed.executables import facts, has, load_or_compile
 from jaxembed.locks import SharedLock
@@ -34,8 +35,8 @@ MAX_BATCH_TOKENS = {"cpu": 512}
 """Tokens a dispatch should hold per device, by platform (docs/performance.md)."""
 OTHER_BATCH_TOKENS = 16_384
 """On others; measured on a GPU, a guess for TPU."""
-OTHER_DISPATCH_TOKENS = 4096
-"""What one more dispatch costs there, in tokens of computation a device (`Ladder.dispatch_tokens`); likewise."""
+OTHER_PRICES = Cost(call=4096.0, token=1.0, place=0.0, pair=0.0)
+"""What batches cost there, in tokens of computation a device (`Ladder.prices`); likewise."""
 
 LENGTH_MULTIPLE = {"tpu": 16}
 """By platform: lengths that are chosen are multiples of so many tokens, of which a tile in bfloat16 holds so many."""
@@ -151,7 +152,7 @@ class Engine:
         if bad:
             raise BucketError(f"the bucket {bad[0]} does not divide over {self.batch_multiple} devices")
         if self.platform != "cpu":
-            ladder.dispatch_tokens = OTHER_DISPATCH_TOKENS * self.batch_multiple
+            ladder.prices = OTHER_PRICES._replace(call=OTHER_PRICES.call * self.batch_multiple)
         with self._lock:
             held = self._held.setdefault(ladder, {})
             for bucket in ladder.buckets:
@@ -183,13 +184,19 @@ class Engine:
         """Keep a ladder in the cache, if there is one, for the next start with the same model and settings."""
         kept = cache.current()
         if kept is not None:
-            kept.write(LADDERS, self._ladder_key(kept), json.dumps(ladder.buckets).encode())
+            content = json.dumps({"buckets": ladder.buckets, "prices": ladder.prices})
+            kept.write(LADDERS, self._ladder_key(kept), content.encode())
 
     def kept(self) -> Ladder | None:
         """The ladder of the last `keep`; None if there is none. Its shapes need not be compiled."""
         kept = cache.current()
         content = None if kept is None else kept.read(LADDERS, self._ladder_key(kept))
-        return None if content is None else Ladder(Bucket(*sizes) for sizes in json.loads(content))
+        if content is None:
+            return None
+        told = json.loads(content)
+        ladder = Ladder(Bucket(*sizes) for sizes in told["buckets"])
+        ladder.prices = Cost(*told["prices"])
+        return ladder
 
     def _ladder_key(self, kept: cache.Cache) -> str:
         return kept.key(*facts(self.model, self.output), self.max_batch_tokens, self.batch_multiple)

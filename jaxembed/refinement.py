@@ -22,6 +22,9 @@ __all__ = ["Ahead", "Histogram", "Refinable", "least_seconds", "not_ahead", "ref
 SMALL = 4
 """Shapes of at most a full batch over this are timed before they are chosen: they keep least to the fit."""
 
+WIDE_ROWS = 16
+"""Rows of `wide`."""
+
 ROUNDS = 3
 """How often a shape is timed."""
 
@@ -88,8 +91,9 @@ def not_ahead(ladder: Ladder) -> None:
 def refine(engine: Refinable, counts: npt.NDArray[np.int64], ahead: Ahead = not_ahead) -> Ladder | None:
     """Choose shapes for inputs like these, compile them, and only then have the engine plan by them.
 
-    The shapes that the engine has are timed first, and a fit to that says what others would take. The small ones, which
-    keep least to it, are chosen from again once they are compiled and timed.
+    The shapes that the engine has are timed first, and a fit to that says what others would take. Where there are flat
+    ones, so is `wide`: the others say little of what places without a token cost. The small ones, which keep least to
+    the fit, are chosen from again once they are compiled and timed.
 
     Args:
         engine: its ladder must be compiled.
@@ -97,7 +101,7 @@ def refine(engine: Refinable, counts: npt.NDArray[np.int64], ahead: Ahead = not_
         ahead: called before shapes are compiled.
 
     Returns:
-        The new ladder; None if it would save less than `GAIN`, and nothing was compiled.
+        The new ladder; None if it would save less than `GAIN`, and the engine keeps its own.
 
     Raises:
         Exception: whatever a compilation raises; the engine keeps its ladder then.
@@ -106,24 +110,42 @@ def refine(engine: Refinable, counts: npt.NDArray[np.int64], ahead: Ahead = not_
     within = counts[: old.max_length + 1]
     if not within.any():
         return None
-    cost = fit_cost(least_seconds(engine, old.buckets))
+    timed = old
+    if engine.flat:
+        timed = old.having({*old.buckets, wide(engine)})
+        prepare(engine, timed)
+    cost = fit_cost(least_seconds(engine, timed.buckets))
     likely = loads(within, engine.max_batch_tokens)
-    first = fewest(old.having(candidates(engine, within, cost)), likely, cost.of)
+    first = fewest(priced(engine, old.having(candidates(engine, within, cost)), cost), likely, cost.of)
     if compared(first, old, likely, cost.of) > 1 - GAIN:
         return None
     ahead(first)
     prepare(engine, first)
     small = {bucket for bucket in (*old.buckets, *first.buckets) if bucket.tokens * SMALL <= first.batch_tokens}
     # The others again too: the machine may have become faster or slower since.
-    measured = least_seconds(engine, {*old.buckets, *small})
+    measured = least_seconds(engine, {*timed.buckets, *small})
     cost = fit_cost(measured)
     new = fewest(
-        old.having({*old.buckets, *first.buckets}),
+        priced(engine, old.having({*old.buckets, *first.buckets}), cost),
         likely,
         lambda bucket: measured[bucket] if bucket in small else cost.of(bucket),
     )
     switch(engine, new)
     return new
+
+
+def wide(engine: Refinable) -> Bucket:
+    """A flat shape of many more places than tokens."""
+    tokens = max(WIDE_ROWS, engine.max_batch_tokens // SMALL)
+    length = min(tokens, engine.ladder.max_length)
+    return Bucket(WIDE_ROWS, length, min(tokens, WIDE_ROWS * length))
+
+
+def priced(engine: Refinable, ladder: Ladder, cost: Cost) -> Ladder:
+    """The same ladder, which plans by what was measured, where that says how tokens and places compare."""
+    if engine.flat and cost.token:
+        ladder.prices = cost.in_tokens
+    return ladder
 
 
 def candidates(engine: Refinable, counts: npt.NDArray[np.int64], cost: Cost) -> set[Bucket]:

@@ -31,11 +31,14 @@ PRICE = 0.004
 OTHERS = 0.1
 """The share of that which texts of other lengths than came are reckoned to have, spread evenly over `buckets.rungs`."""
 
-SIZES = (1, 1 / 2, 1 / 4, 3 / 16, 1 / 8, 3 / 32, 1 / 16)
+SIZES = (1, 3 / 4, 1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 3 / 32, 1 / 16, 1 / 32)
 """Tokens of flat shapes, in parts of the largest one's."""
 
-LEAST = 32
+LEAST = 16
 """A flat shape has at least so many."""
+
+SHORT = 0.05
+"""Where places cost little, there is room for rows of which so many, in parts of all, are no longer."""
 
 GROUPS = (1, 4, 12, 32)
 """How many inputs are planned together, from a query alone to a list of texts; and as many as fill some batches."""
@@ -124,7 +127,8 @@ def flat_ladder(counts: Counts, cost: Cost, max_batch_tokens: int) -> Ladder:
 
     Single rows are padded, and so are full batches of rows that are alike, as out of a large job: of these there are
     shapes of many lengths. What happened to come together is of all lengths: for that there are flat shapes, of few
-    lengths, since only attention pads, but of many sizes.
+    lengths, since only attention pads, but of many sizes. And of each size there is one for rows of any number and
+    length, which is all that is needed where not even attention pads.
 
     Args:
         counts: int64 [max_length + 1], inputs of each length.
@@ -140,6 +144,10 @@ def flat_ladder(counts: Counts, cost: Cost, max_batch_tokens: int) -> Ladder:
     for length in choose_lengths(counts, cost.of_places, fixed=fixed, worth=FLAT_WORTH):
         shapes += flat_shapes(length, sizes, mean_length(counts, before + 1, length) or MEAN * length)
         before = length
+    longest, short = len(counts) - 1, max(1, sampled(counts, round(0.5 / SHORT))[0])
+    for size in sizes:
+        rows, length = math.ceil(size / short), min(size, longest)
+        shapes.append(Bucket(rows, length, 0 if rows * length == size else size))
     return Ladder(shapes)
 
 

@@ -80,9 +80,9 @@ class Refiner:
             self._changed.notify()
 
     def _work(self) -> None:
-        changed = self._begin(self._buckets)
+        changed = self._begin(self._engine.ladder.having(self._buckets))
         if self._next and (kept := self._engine.kept()) is not None:
-            changed |= self._begin(kept.buckets)
+            changed |= self._begin(kept)
         if changed:
             self._tidy()
         while self._next:
@@ -106,11 +106,10 @@ class Refiner:
             # As a string: a record of the log may live long.
             logger.info("the ladder after %d inputs: %s", self._count, "as before" if found is None else str(found))
 
-    def _begin(self, buckets: Sequence[Bucket]) -> bool:
+    def _begin(self, ladder: Ladder) -> bool:
         """Bring up shapes that are known beforehand, unless the engine has them; whether that was to do."""
-        if self._closed or set(buckets) == set(self._engine.ladder.buckets):
+        if self._closed or ladder.buckets == self._engine.ladder.buckets:
             return False
-        ladder = Ladder(buckets)
         try:
             self._ahead(ladder)
             switch(self._engine, ladder)

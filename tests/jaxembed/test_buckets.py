@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxembed.buckets import DISPATCH_TOKENS, Ladder, work
+from jaxembed.buckets import PRICES, Ladder
 from jaxembed.errors import BucketError
 from jaxembed.packing import Row, pack
 from jaxembed.types import Bucket, Column, Encoding
@@ -35,12 +35,12 @@ def takes(bucket: Bucket, lengths: Sequence[int]) -> bool:
 
 def cheapest(ladder: Ladder, lengths: Sequence[int]) -> float | None:
     """Cost of the cheapest single batch for these rows, None where none takes them."""
-    return min((work(b) + DISPATCH_TOKENS for b in ladder.buckets if takes(b, lengths)), default=None)
+    return min((PRICES.of(b) for b in ladder.buckets if takes(b, lengths)), default=None)
 
 
 def price_of(ladder: Ladder, lengths: Sequence[int]) -> float:
     """What a plan costs."""
-    return sum(work(plan.bucket) + DISPATCH_TOKENS for plan in ladder.plan(lengths))
+    return sum(PRICES.of(plan.bucket) for plan in ladder.plan(lengths))
 
 
 def optimum(ladder: Ladder, lengths: Sequence[int]) -> float:
@@ -108,7 +108,7 @@ def test_no_cutting_into_runs_is_cheaper(queue: tuple[list[Bucket], list[int]]) 
 def test_the_first_batch_does_the_most_for_its_cost(queue: tuple[list[Bucket], list[int]], price: int) -> None:
     """Of every shape with the rows nearest in length to the first one, which is always in it."""
     ladder, lengths = Ladder(queue[0]), queue[1]
-    ladder.dispatch_tokens = price
+    ladder.prices = prices = PRICES._replace(call=price)
     nearest = sorted(range(1, len(lengths)), key=lambda i: abs(lengths[i] - lengths[0]))
     rates = {}
     for bucket in ladder.buckets:
@@ -116,12 +116,12 @@ def test_the_first_batch_does_the_most_for_its_cost(queue: tuple[list[Bucket], l
             company = [i for i in nearest if lengths[i] <= bucket.seq_len][: bucket.batch_size - 1]
             while sum(lengths[i] for i in (0, *company)) > bucket.tokens:
                 company.pop()
-            rates[bucket] = sum(lengths[i] for i in (0, *company)) / (work(bucket) + price)
+            rates[bucket] = sum(lengths[i] for i in (0, *company)) / prices.of(bucket)
     plan = ladder.first_batch(lengths)
     assert plan.items[0] == 0
     assert len(set(plan.items)) == len(plan.items) <= plan.bucket.batch_size
     assert takes(plan.bucket, [lengths[i] for i in plan.items])
-    assert sum(lengths[i] for i in plan.items) / (work(plan.bucket) + price) == max(rates.values())
+    assert sum(lengths[i] for i in plan.items) / prices.of(plan.bucket) == max(rates.values())
 
 
 def test_the_first_batch_of_too_long_a_row_is_refused() -> None:
@@ -143,7 +143,7 @@ def test_a_dear_dispatch_makes_fuller_batches() -> None:
     lengths = [16] * 8
     assert [plan.bucket for plan in ladder.plan(lengths)] == [Bucket(4, 16)] * 2
     assert ladder.first_batch(lengths).bucket == Bucket(4, 16)
-    ladder.dispatch_tokens = 4096
+    ladder.prices = PRICES._replace(call=4096)
     assert [plan.bucket for plan in ladder.plan(lengths)] == [Bucket(16, 16)]
     assert ladder.first_batch(lengths).bucket == Bucket(16, 16)
 
@@ -172,7 +172,7 @@ def test_fitting_leaves_out_what_another_shape_does_as_cheaply(shapes: list[Buck
         return
 
     def holds(bucket: Bucket) -> tuple[int, int, float]:
-        return bucket.batch_size, min(bucket.tokens, bucket.batch_size * length), -work(bucket)
+        return bucket.batch_size, min(bucket.tokens, bucket.batch_size * length), -PRICES.of(bucket)
 
     def better(one: Bucket, other: Bucket) -> bool:
         return all(a >= b for a, b in zip(holds(one), holds(other), strict=True))

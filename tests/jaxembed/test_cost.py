@@ -32,3 +32,11 @@ def test_no_other_factors_fit_better(seed: int) -> None:
     want, _ = nnls(sizes / sizes.max(axis=0) / seconds[:, None], np.ones(len(seconds)))
     found = fit_cost(dict(zip(buckets, seconds, strict=True)))
     np.testing.assert_allclose(np.array(found) * sizes.max(axis=0), want, rtol=1e-6, atol=1e-12)
+
+
+def test_in_tokens() -> None:
+    """A token of a padded batch costs 1, its place included; shapes compare as they did."""
+    prices = COST.in_tokens
+    assert prices.token + prices.place == pytest.approx(1.0)
+    one, other = Bucket(4, 16), Bucket(8, 64, 200)
+    assert prices.of(one) / prices.of(other) == pytest.approx(COST.of(one) / COST.of(other))

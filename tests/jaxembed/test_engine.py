@@ -14,8 +14,8 @@ import pytest
 from parity import save_checkpoint, tiny_bert
 
 from jaxembed import Bucket, Embedder, Ladder, make_mesh
-from jaxembed.buckets import DISPATCH_TOKENS
-from jaxembed.engine import MAX_BATCH_TOKENS, OTHER_DISPATCH_TOKENS, Engine
+from jaxembed.buckets import PRICES
+from jaxembed.engine import MAX_BATCH_TOKENS, OTHER_PRICES, Engine
 from jaxembed.errors import BucketError
 from jaxembed.loading import load
 from jaxembed.locks import SharedLock
@@ -266,14 +266,14 @@ def test_rows_of_padding_are_finite(engine: Engine) -> None:
 
 
 def test_a_dispatch_costs_more_elsewhere(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An engine puts its price into each ladder that it plans by."""
+    """An engine puts its prices into each ladder that it plans by."""
     engine = Engine(load(tiny_folder, mesh=make_mesh(jax.devices()[:2])))
     other = Ladder([Bucket(2, 8)])
     engine.allow(other)
-    assert engine.ladder.dispatch_tokens == other.dispatch_tokens == DISPATCH_TOKENS
+    assert engine.ladder.prices == other.prices == PRICES
     monkeypatch.setattr(engine, "platform", "gpu")
     engine.allow(other)
-    assert other.dispatch_tokens == 2 * OTHER_DISPATCH_TOKENS
+    assert other.prices == OTHER_PRICES._replace(call=2 * OTHER_PRICES.call)
 
 
 def test_on_a_gpu_the_first_run_of_an_executable_is_alone(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

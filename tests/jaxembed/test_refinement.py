@@ -63,6 +63,22 @@ def test_several_devices_refine_padded_shapes(tiny_folder: str, multiple: int, l
     np.testing.assert_allclose(embedder.encode(texts), before, atol=1e-6)
 
 
+@pytest.mark.parametrize("cost", [COST, COST._replace(place=0.0, pair=0.0)])
+def test_planning_goes_by_what_was_measured(tiny_folder: str, cost: Cost) -> None:
+    """Prices are those of the fit; where places cost nothing, a few shapes take rows of any length."""
+    engine = Embedder.from_pretrained(tiny_folder, mesh=make_mesh(jax.devices()[:1])).engine
+    engine.time = cost.of
+    # What is chosen is the question, and no shape need be compiled for that.
+    engine.compile = engine.adopt = lambda _: None
+    counts = np.zeros(33, np.int64)
+    counts[6], counts[27] = 50, 20
+    new = refine(engine, counts)
+    assert new is not None
+    np.testing.assert_allclose(new.prices, cost.in_tokens, rtol=1e-6, atol=1e-12)
+    several = [bucket for bucket in new.buckets if bucket.batch_size > 1]
+    assert all(bucket.seq_len == min(bucket.tokens, 32) for bucket in several) is (cost is not COST)
+
+
 def test_what_saves_nothing_is_not_compiled(tiny_folder: str) -> None:
     """Where the shapes there are do as well, whether inputs run one at a time or together."""
     embedder = Embedder.from_pretrained(tiny_folder, mesh=make_mesh(jax.devices()[:1]))
@@ -104,7 +120,7 @@ def test_a_small_shape_that_proves_slow_is_left_out(tiny_folder: str) -> None:
     engine.time = lambda bucket: COST.of(bucket) * (1.5 if bucket == Bucket(1, 10) else 1.0)
     new = embedder.refine(["a b c d e f g h"] * 50)
     assert Bucket(1, 10) not in new.buckets
-    assert {Bucket(1, 16), Bucket(26, 10, 256), Bucket(51, 10)} <= set(new.buckets)
+    assert {Bucket(1, 16), Bucket(13, 10, 128), Bucket(51, 10)} <= set(new.buckets)
     assert set(new.buckets) <= engine.compiled
 
 
@@ -160,9 +176,11 @@ def test_what_was_chosen_is_kept(tiny_folder: str, cache: Path) -> None:
 
     first = engine()
     assert first.kept() is None
-    first.keep(Ladder([Bucket(2, 8), Bucket(1, 32)]))
+    chosen = Ladder([Bucket(2, 8), Bucket(1, 32)])
+    chosen.prices = COST.in_tokens
+    first.keep(chosen)
     kept = engine().kept()
-    assert kept is not None and kept.buckets == (Bucket(2, 8), Bucket(1, 32))
+    assert kept is not None and kept.buckets == (Bucket(2, 8), Bucket(1, 32)) and kept.prices == chosen.prices
     assert engine(tokens=64).kept() is None
     assert engine(dtype="bfloat16").kept() is None
     use_cache(None)
@@ -194,6 +212,6 @@ def test_a_failure_leaves_the_old_ladder(tiny_folder: str) -> None:
     engine.compile = fail
     counts = np.zeros(33, np.int64)
     counts[5] = 100
-    with pytest.raises(RuntimeError, match="no 1x6"):
+    with pytest.raises(RuntimeError, match="no 1x"):
         refine(engine, counts)
     assert engine.ladder is old

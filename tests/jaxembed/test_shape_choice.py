@@ -64,23 +64,23 @@ def test_the_greatest_length_is_always_there() -> None:
 
 
 def test_flat_shapes_have_room_for_rows_of_the_mean_length() -> None:
-    """Of the inputs between two lengths; single rows and full batches are padded."""
+    """Of the inputs between two lengths, or for the shortest ones of any; single rows and full batches are padded."""
     counts = np.zeros(65, np.int64)
     counts[[6, 8, 13, 16]] = 100
     counts[[40, 64]] = 20
     ladder = flat_ladder(counts, COST, 256)
-    flat = {bucket for bucket in ladder.buckets if bucket.flat}
+    sizes = (16, 24, 32, 48, 64, 96, 128, 192, 256)
+    wanted = {Bucket(math.ceil(size / 6), min(size, 64), size) for size in sizes}
     before = -1
     fixed = COST.token * float(counts @ np.arange(65))
-    lengths = choose_lengths(counts, COST.of_places, fixed=fixed, worth=FLAT_WORTH)
-    for length in lengths:
+    for length in choose_lengths(counts, COST.of_places, fixed=fixed, worth=FLAT_WORTH):
         mean = mean_length(counts, before + 1, length)
         assert mean == np.average(np.arange(before + 1, length + 1), weights=counts[before + 1 : length + 1])
-        sizes = {bucket.flat: bucket.batch_size for bucket in flat if bucket.seq_len == length}
-        rows = {size: math.ceil(size / mean) for size in (32, 48, 64, 128, 256) if size >= 2 * length}
-        assert sizes == {size: count for size, count in rows.items() if count * length != size}
+        wanted |= {Bucket(math.ceil(size / mean), length, size) for size in sizes if size >= 2 * length}
         before = length
-    assert flat and {bucket.seq_len for bucket in flat} <= set(lengths)
+    assert {bucket for bucket in ladder.buckets if bucket.flat} == {
+        bucket for bucket in wanted if bucket.flat < bucket.places
+    }
     padded = [Bucket(rows, length) for length in (8, 16, 64) for rows in (1, 256 // length)]
     assert set(padded) <= set(ladder.buckets)
     assert mean_length(counts, 17, 39) == 0.0
@@ -175,9 +175,9 @@ def test_ladders_are_compared_by_what_came() -> None:
 
 
 def test_one_shape_is_left_at_least() -> None:
-    """Of the greatest length; and a dispatch costs what it did."""
+    """Of the greatest length; and batches cost what they did."""
     ladder = Ladder([Bucket(1, 8), Bucket(2, 64)])
-    ladder.dispatch_tokens = 77
+    ladder.prices = COST.in_tokens
     found = fewest(ladder, loads(np.eye(65, dtype=np.int64)[64], 128), COST.of)
-    assert found.buckets == (Bucket(2, 64),) and found.dispatch_tokens == 77
+    assert found.buckets == (Bucket(2, 64),) and found.prices == COST.in_tokens
     assert fewest(found, loads(np.eye(65, dtype=np.int64)[3], 128), COST.of) is found

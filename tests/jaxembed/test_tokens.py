@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxembed.tokens import Rows, Tokens
@@ -22,6 +22,8 @@ def rows_of(lengths: list[int], *, spare: int, longer: int) -> tuple[Rows, list[
     return rows, list(itertools.starmap(slice, itertools.pairwise(ends)))
 
 
+# Each example's shapes are compiled for themselves.
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=5).filter(any), st.integers(0, 3), st.integers(0, 2))
 def test_apart_and_together(lengths: list[int], spare: int, longer: int) -> None:
     """Each row by itself, its places from 0 on, and back to where it was."""

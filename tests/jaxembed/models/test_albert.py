@@ -25,7 +25,7 @@ SMALL = SIZES | {"embedding_size": 12}
         {"num_hidden_layers": 5, "num_hidden_groups": 2, "vocab_size": 101, "max_position_embeddings": 9},
         {"num_hidden_layers": 3, "num_hidden_groups": 3, "inner_group_num": 2},
         {"num_hidden_layers": 2, "inner_group_num": 3},
-        {"num_hidden_layers": 18, "num_hidden_groups": 14},
+        {"num_hidden_layers": 12, "num_hidden_groups": 11},
         {"num_hidden_layers": 2, "num_hidden_groups": 4},
     ],
 )
