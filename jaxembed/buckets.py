@@ -13,8 +13,8 @@ from jaxembed.types import Bucket
 __all__ = ["PRICES", "Ladder", "Plan", "flat_shapes", "rungs"]
 
 PRICES = Cost(call=16.0, token=1.0, place=0.1, pair=0.1 / 128)
-"""What a batch costs on CPU, in tokens of computation, before it was measured: a dispatch costs as much as 16 of them; a
-place in attention's rows a tenth of one, and as much again for each 128 tokens of its row."""
+"""What a batch costs on CPU, in tokens of computation, before that was measured: a dispatch 16 of them, a place in
+attention's rows a tenth of one, and as much again for each 128 tokens of its row."""
 
 SHORTEST = 16
 

@@ -17,7 +17,7 @@ from jaxembed.cost import Cost, fit_cost
 from jaxembed.shape_choice import choose_lengths, compared, fewest, flat_ladder, loads
 from jaxembed.types import Bucket
 
-__all__ = ["Ahead", "Histogram", "Refinable", "least_seconds", "not_ahead", "refine", "switch"]
+__all__ = ["Ahead", "Histogram", "Refinable", "least_seconds", "not_ahead", "refine", "switch", "wide"]
 
 SMALL = 4
 """Shapes of at most a full batch over this are timed before they are chosen: they keep least to the fit."""
@@ -98,7 +98,7 @@ def refine(engine: Refinable, counts: npt.NDArray[np.int64], ahead: Ahead = not_
     Args:
         engine: its ladder must be compiled.
         counts: int64 [max_length + 1], inputs of each length.
-        ahead: called before shapes are compiled.
+        ahead: called before shapes are compiled, `wide` too.
 
     Returns:
         The new ladder; None if it would save less than `GAIN`, and the engine keeps its own.
@@ -113,6 +113,7 @@ def refine(engine: Refinable, counts: npt.NDArray[np.int64], ahead: Ahead = not_
     timed = old
     if engine.flat:
         timed = old.having({*old.buckets, wide(engine)})
+        ahead(timed)
         prepare(engine, timed)
     cost = fit_cost(least_seconds(engine, timed.buckets))
     likely = loads(within, engine.max_batch_tokens)

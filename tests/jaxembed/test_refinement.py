@@ -12,7 +12,7 @@ from jaxembed.engine import Engine
 from jaxembed.errors import BucketError
 from jaxembed.loading import load
 from jaxembed.packing import Row, full, pack
-from jaxembed.refinement import Histogram, refine
+from jaxembed.refinement import Histogram, refine, wide
 from jaxembed.runner import Runner
 from jaxembed.types import Output
 from jaxembed.warmup import use_cache
@@ -96,7 +96,7 @@ def test_what_saves_nothing_is_not_compiled(tiny_folder: str) -> None:
 
 
 def test_shapes_can_be_made_ready_elsewhere_first(tiny_folder: str) -> None:
-    """Before any of them is compiled; and not where nothing will be."""
+    """Before any of them is compiled: first the one that is timed beside those that there are, then the chosen ones."""
     embedder = Embedder.from_pretrained(tiny_folder, mesh=make_mesh(jax.devices()[:1]), max_batch_tokens=64)
     engine = embedder.engine
     for bucket in engine.ladder.buckets:
@@ -107,10 +107,11 @@ def test_shapes_can_be_made_ready_elsewhere_first(tiny_folder: str) -> None:
     told: list[tuple[frozenset[Bucket], frozenset[Bucket]]] = []
     new = refine(engine, counts, lambda ladder: told.append((frozenset(ladder.buckets), engine.compiled)))
     assert new is not None
-    ((wanted, compiled),) = told
+    (timed, before), (wanted, compiled) = told
+    assert timed - before == {wide(engine)} and timed <= compiled
     assert wanted - compiled and set(new.buckets) <= wanted | compiled
     assert refine(engine, counts, lambda ladder: told.append((frozenset(), frozenset()))) is None
-    assert len(told) == 1
+    assert len(told) == 3
 
 
 def test_a_small_shape_that_proves_slow_is_left_out(tiny_folder: str) -> None:

@@ -1,5 +1,6 @@
 """Fixtures with real servers; the class is in servers.py, what stands in for an engine in fakes.py."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,8 +11,11 @@ from servers import Server
 
 @pytest.fixture(scope="session")
 def server_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Executables of the servers of a session: the second one starts faster."""
-    return tmp_path_factory.mktemp("server-cache")
+    """Executables of the servers of a session, in all of its workers: the second one starts faster."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "server-cache"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture

@@ -87,7 +87,8 @@ def test_many_clients_each_get_their_own_vectors(begin: Callable[..., Server]) -
 
 
 def test_the_real_model_through_http_processes(start: Callable[..., Server], minilm: Embedder) -> None:
-    server = start("--http-processes", "2", "--refine-after", "0").wait_until_ready()
+    sizes = ("--max-length", "128", "--max-batch-tokens", "128")
+    server = start("--http-processes", "2", "--refine-after", "0", *sizes).wait_until_ready()
     texts = [f"Text number {n}, naïve 東京 " + "word " * (n % 60) for n in range(32)]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda text: post(server, input=text), texts))
