@@ -221,6 +221,9 @@ template <size_t R> struct Rows {
   }
 };
 
+// Loops over rows and vectors, here and in `tile`, are unrolled for the largest tile of TILE rows: of a loop that is left the
+// sums would stand in memory.
+
 // sums[r, v] += row r's number k times b[v].
 template <size_t R, size_t C> inline void step(Vector (&sums)[R][C], const Rows<R>& rows, size_t k, const float* b) {
   // Kept in registers are the fewer of the two: vectors of b, or a number of each row.
@@ -228,7 +231,7 @@ template <size_t R, size_t C> inline void step(Vector (&sums)[R][C], const Rows<
     Vector columns[C];
 #pragma GCC unroll 4
     for (size_t c = 0; c < C; c++) columns[c] = load<Vector>(b + c * LANES);
-#pragma GCC unroll 16
+#pragma GCC unroll 24
     for (size_t r = 0; r < R; r++) {
       Vector spread = rows.at(r)[k] - Vector{};
 #pragma GCC unroll 4
@@ -253,7 +256,7 @@ template <size_t R, size_t C>
 inline void tile(const float* a, size_t a_apart, const float* b, size_t depth, float* out, size_t out_apart,
                  const float* ahead) {
   Vector sums[R][C];
-#pragma GCC unroll 16
+#pragma GCC unroll 24
   for (size_t r = 0; r < R; r++) {
 #pragma GCC unroll 4
     for (size_t c = 0; c < C; c++) sums[r][c] = Vector{};
@@ -262,7 +265,7 @@ inline void tile(const float* a, size_t a_apart, const float* b, size_t depth, f
   size_t k = 0;
   for (; k + LINE <= depth; k += LINE) {
     if (ahead != nullptr) {
-#pragma GCC unroll 16
+#pragma GCC unroll 24
       for (size_t r = 0; r < R; r++) __builtin_prefetch(ahead + r * LINE);
       ahead += R * LINE;
     }
@@ -272,7 +275,7 @@ inline void tile(const float* a, size_t a_apart, const float* b, size_t depth, f
     b += LINE * C * LANES;
   }
   for (size_t i = 0; k + i < depth; i++) step(sums, rows, i, b + i * C * LANES);
-#pragma GCC unroll 16
+#pragma GCC unroll 24
   for (size_t r = 0; r < R; r++) {
 #pragma GCC unroll 4
     for (size_t c = 0; c < C; c++) store(out + r * out_apart + c * LANES, sums[r][c]);
