@@ -133,7 +133,7 @@ def serve(port: int, *, accelerator: bool) -> int:
     import numpy as np
     import numpy.typing as npt
 
-    from jaxembed.buckets import Ladder
+    from jaxembed.buckets import ACCELERATOR_PRICES, Ladder
     from jaxembed.checkpoint import DEFAULT_MODEL, Checkpoint
     from jaxembed.matryoshka import Matryoshka
     from jaxembed.tokenizer import Tokenizer
@@ -148,7 +148,7 @@ def serve(port: int, *, accelerator: bool) -> int:
         def __init__(self) -> None:
             self.ladder = Ladder.default(max_length=256, max_batch_tokens=16_384 if accelerator else 1024)
             if accelerator:
-                self.ladder.prices = self.ladder.prices._replace(call=4096)
+                self.ladder.prices = ACCELERATOR_PRICES
             self.side_by_side, self.shares_cores = (2, False) if accelerator else (1, True)
             self.dimension = 384
             rows = (self.ladder.max_rows, self.dimension)

@@ -10,11 +10,14 @@ from jaxembed.cost import Cost
 from jaxembed.errors import BucketError
 from jaxembed.types import Bucket
 
-__all__ = ["PRICES", "Ladder", "Plan", "flat_shapes", "rungs"]
+__all__ = ["ACCELERATOR_PRICES", "PRICES", "Ladder", "Plan", "flat_shape", "flat_shapes", "rungs"]
 
 PRICES = Cost(call=16.0, token=1.0, place=0.1, pair=0.1 / 128)
 """What a batch costs on CPU, in tokens of computation, before that was measured: a dispatch 16 of them, a place in
 attention's rows a tenth of one, and as much again for each 128 tokens of its row."""
+
+ACCELERATOR_PRICES = Cost(call=4096.0, token=1.0, place=0.0, pair=0.0)
+"""The same for each device of another kind; measured on a GPU, a guess for TPU (docs/performance.md)."""
 
 SHORTEST = 16
 
@@ -42,6 +45,11 @@ def rungs(max_length: int) -> list[int]:
     return [*lengths, max_length]
 
 
+def flat_shape(rows: int, length: int, tokens: int) -> Bucket:
+    """The shape of so many rows of up to `length` tokens, `tokens` together: flat unless they fill all places."""
+    return Bucket(rows, length, 0 if rows * length == tokens else tokens)
+
+
 def flat_shapes(length: int, sizes: Iterable[int], mean: float) -> list[Bucket]:
     """The shapes of several rows of up to `length` tokens, flat unless tokens fill all places.
 
@@ -50,8 +58,7 @@ def flat_shapes(length: int, sizes: Iterable[int], mean: float) -> list[Bucket]:
         sizes: N; there is no shape of one that does not hold two rows of T.
         mean: length of the rows, which says how many there is room for.
     """
-    rows = {size: math.ceil(size / min(mean, length)) for size in sizes if size >= 2 * length}
-    return [Bucket(n, length, 0 if n * length == size else size) for size, n in rows.items()]
+    return [flat_shape(math.ceil(size / min(mean, length)), length, size) for size in sizes if size >= 2 * length]
 
 
 class Ladder:
@@ -59,6 +66,7 @@ class Ladder:
 
     Args:
         buckets: the shapes, in any order; at least one.
+        prices: see below.
 
     Attributes:
         max_length: the longest sequence that fits, in tokens.
@@ -71,7 +79,7 @@ class Ladder:
         BucketError: no buckets, one with a size under 1, or a flat one of more tokens than its rows hold.
     """
 
-    def __init__(self, buckets: Iterable[Bucket]) -> None:
+    def __init__(self, buckets: Iterable[Bucket], prices: Cost = PRICES) -> None:
         self.buckets = tuple(sorted(set(buckets), key=lambda b: (b.tokens, b.seq_len, b.batch_size)))
         if not self.buckets:
             raise BucketError("a ladder needs at least one bucket")
@@ -83,7 +91,7 @@ class Ladder:
         several = [b.tokens for b in self.buckets if b.batch_size > 1]
         self.batch_tokens = max(several or [b.tokens for b in self.buckets])
         self.max_rows = max(b.batch_size for b in self.buckets)
-        self.prices = PRICES
+        self.prices = prices
 
     @property
     def prices(self) -> Cost:
@@ -154,9 +162,7 @@ class Ladder:
 
     def having(self, buckets: Iterable[Bucket]) -> "Ladder":
         """A ladder of other shapes at the same prices."""
-        ladder = Ladder(buckets)
-        ladder.prices = self.prices
-        return ladder
+        return Ladder(buckets, self.prices)
 
     def __str__(self) -> str:
         return "{" + ", ".join(map(str, self.buckets)) + "}"

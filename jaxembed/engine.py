@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxembed import cache, cpu_kernels
-from jaxembed.buckets import Ladder
+from jaxembed.buckets import ACCELERATOR_PRICES, Ladder
 from jaxembed.cost import Cost
 from jaxembed.errors import BucketError
 from jaxembed.executables import facts, has, load_or_compile
@@ -35,8 +35,6 @@ MAX_BATCH_TOKENS = {"cpu": 512}
 """Tokens a dispatch should hold per device, by platform (docs/performance.md)."""
 OTHER_BATCH_TOKENS = 16_384
 """On others; measured on a GPU, a guess for TPU."""
-OTHER_PRICES = Cost(call=4096.0, token=1.0, place=0.0, pair=0.0)
-"""What batches cost there, in tokens of computation a device (`Ladder.prices`); likewise."""
 
 LENGTH_MULTIPLE = {"tpu": 16}
 """By platform: lengths that are chosen are multiples of so many tokens, of which a tile in bfloat16 holds so many."""
@@ -152,7 +150,7 @@ class Engine:
         if bad:
             raise BucketError(f"the bucket {bad[0]} does not divide over {self.batch_multiple} devices")
         if self.platform != "cpu":
-            ladder.prices = OTHER_PRICES._replace(call=OTHER_PRICES.call * self.batch_multiple)
+            ladder.prices = ACCELERATOR_PRICES._replace(call=ACCELERATOR_PRICES.call * self.batch_multiple)
         with self._lock:
             held = self._held.setdefault(ladder, {})
             for bucket in ladder.buckets:
@@ -194,9 +192,7 @@ class Engine:
         if content is None:
             return None
         told = json.loads(content)
-        ladder = Ladder(Bucket(*sizes) for sizes in told["buckets"])
-        ladder.prices = Cost(*told["prices"])
-        return ladder
+        return Ladder((Bucket(*sizes) for sizes in told["buckets"]), Cost(*told["prices"]))
 
     def _ladder_key(self, kept: cache.Cache) -> str:
         return kept.key(*facts(self.model, self.output), self.max_batch_tokens, self.batch_multiple)

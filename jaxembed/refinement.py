@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from jaxembed.buckets import Ladder
+from jaxembed.buckets import Ladder, flat_shape
 from jaxembed.cost import Cost, fit_cost
 from jaxembed.shape_choice import choose_lengths, compared, fewest, flat_ladder, loads
 from jaxembed.types import Bucket
@@ -117,7 +117,7 @@ def refine(engine: Refinable, counts: npt.NDArray[np.int64], ahead: Ahead = not_
         prepare(engine, timed)
     cost = fit_cost(least_seconds(engine, timed.buckets))
     likely = loads(within, engine.max_batch_tokens)
-    first = fewest(priced(engine, old.having(candidates(engine, within, cost)), cost), likely, cost.of)
+    first = fewest(priced(engine, candidates(engine, within, cost), cost), likely, cost.of)
     if compared(first, old, likely, cost.of) > 1 - GAIN:
         return None
     ahead(first)
@@ -127,7 +127,7 @@ def refine(engine: Refinable, counts: npt.NDArray[np.int64], ahead: Ahead = not_
     measured = least_seconds(engine, {*timed.buckets, *small})
     cost = fit_cost(measured)
     new = fewest(
-        priced(engine, old.having({*old.buckets, *first.buckets}), cost),
+        priced(engine, {*old.buckets, *first.buckets}, cost),
         likely,
         lambda bucket: measured[bucket] if bucket in small else cost.of(bucket),
     )
@@ -139,14 +139,13 @@ def wide(engine: Refinable) -> Bucket:
     """A flat shape of many more places than tokens."""
     tokens = max(WIDE_ROWS, engine.max_batch_tokens // SMALL)
     length = min(tokens, engine.ladder.max_length)
-    return Bucket(WIDE_ROWS, length, min(tokens, WIDE_ROWS * length))
+    return flat_shape(WIDE_ROWS, length, min(tokens, WIDE_ROWS * length))
 
 
-def priced(engine: Refinable, ladder: Ladder, cost: Cost) -> Ladder:
-    """The same ladder, which plans by what was measured, where that says how tokens and places compare."""
-    if engine.flat and cost.token:
-        ladder.prices = cost.in_tokens
-    return ladder
+def priced(engine: Refinable, buckets: Iterable[Bucket], cost: Cost) -> Ladder:
+    """A ladder that plans by what was measured, where that says how tokens and places compare."""
+    prices = cost.in_tokens if engine.flat and cost.token else engine.ladder.prices
+    return Ladder(buckets, prices)
 
 
 def candidates(engine: Refinable, counts: npt.NDArray[np.int64], cost: Cost) -> set[Bucket]:

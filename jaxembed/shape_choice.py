@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from jaxembed.buckets import MEAN, Ladder, flat_shapes, rungs
+from jaxembed.buckets import MEAN, Ladder, flat_shape, flat_shapes, rungs
 from jaxembed.cost import Cost
 from jaxembed.types import Bucket
 
@@ -146,8 +146,7 @@ def flat_ladder(counts: Counts, cost: Cost, max_batch_tokens: int) -> Ladder:
         before = length
     longest, short = len(counts) - 1, max(1, sampled(counts, round(0.5 / SHORT))[0])
     for size in sizes:
-        rows, length = math.ceil(size / short), min(size, longest)
-        shapes.append(Bucket(rows, length, 0 if rows * length == size else size))
+        shapes.append(flat_shape(math.ceil(size / short), min(size, longest), size))
     return Ladder(shapes)
 
 

@@ -14,8 +14,8 @@ import pytest
 from parity import save_checkpoint, tiny_bert
 
 from jaxembed import Bucket, Embedder, Ladder, make_mesh
-from jaxembed.buckets import PRICES
-from jaxembed.engine import MAX_BATCH_TOKENS, OTHER_PRICES, Engine
+from jaxembed.buckets import ACCELERATOR_PRICES, PRICES
+from jaxembed.engine import MAX_BATCH_TOKENS, Engine
 from jaxembed.errors import BucketError
 from jaxembed.loading import load
 from jaxembed.locks import SharedLock
@@ -273,7 +273,7 @@ def test_a_dispatch_costs_more_elsewhere(tiny_folder: Path, monkeypatch: pytest.
     assert engine.ladder.prices == other.prices == PRICES
     monkeypatch.setattr(engine, "platform", "gpu")
     engine.allow(other)
-    assert other.prices == OTHER_PRICES._replace(call=2 * OTHER_PRICES.call)
+    assert other.prices == ACCELERATOR_PRICES._replace(call=2 * ACCELERATOR_PRICES.call)
 
 
 def test_on_a_gpu_the_first_run_of_an_executable_is_alone(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,8 +176,7 @@ def test_ladders_are_compared_by_what_came() -> None:
 
 def test_one_shape_is_left_at_least() -> None:
     """Of the greatest length; and batches cost what they did."""
-    ladder = Ladder([Bucket(1, 8), Bucket(2, 64)])
-    ladder.prices = COST.in_tokens
+    ladder = Ladder([Bucket(1, 8), Bucket(2, 64)], COST.in_tokens)
     found = fewest(ladder, loads(np.eye(65, dtype=np.int64)[64], 128), COST.of)
     assert found.buckets == (Bucket(2, 64),) and found.prices == COST.in_tokens
     assert fewest(found, loads(np.eye(65, dtype=np.int64)[3], 128), COST.of) is found

@@ -1,45 +1,56 @@
 """Where tokens stand: rows in line, apart and together again."""
 
 import itertools
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxembed.tokens import Rows, Tokens
 from jaxembed.types import NO_TASK
 
 
+def stands_of(lengths: list[int]) -> list[slice]:
+    """Where each row stands in the line."""
+    return list(itertools.starmap(slice, itertools.pairwise(np.cumsum([0, *lengths]))))
+
+
 def rows_of(lengths: list[int], *, spare: int, longer: int) -> tuple[Rows, list[slice]]:
     """Rows in line, and where each stands."""
     told = jnp.asarray(lengths, jnp.int32)
-    ends = np.cumsum([0, *lengths])
-    rows = Rows.in_line(told, told, tokens=int(ends[-1]) + spare, length=max(lengths) + longer)
-    return rows, list(itertools.starmap(slice, itertools.pairwise(ends)))
+    rows = Rows.in_line(told, told, tokens=sum(lengths) + spare, length=max(lengths) + longer)
+    return rows, stands_of(lengths)
 
 
-# Each example's shapes are compiled for themselves.
-@settings(max_examples=40)
+@partial(jax.jit, static_argnames=("tokens", "length"))
+def laid_out(lengths: Any, line: Any, *, tokens: int, length: int) -> tuple[Any, ...]:
+    """A line by rows and back, and what rows say of themselves: compiled once for an example's shapes."""
+    rows = Rows.in_line(lengths, lengths, tokens=tokens, length=length)
+    apart = rows.apart(line)
+    each = rows.each(jnp.arange(lengths.shape[0]))
+    return apart, rows.together(apart), each, rows.places[0], rows.mask
+
+
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=5).filter(any), st.integers(0, 3), st.integers(0, 2))
 def test_apart_and_together(lengths: list[int], spare: int, longer: int) -> None:
     """Each row by itself, its places from 0 on, and back to where it was."""
-    rows, stands = rows_of(lengths, spare=spare, longer=longer)
-    total = sum(lengths)
+    total, longest = sum(lengths), max(lengths) + longer
     line = np.arange(1, total + spare + 1, dtype=np.int32)[None]
-    apart = np.asarray(rows.apart(jnp.asarray(line)))
-    assert apart.shape == (len(lengths), rows.length)
-    places = np.asarray(rows.places)[0]
-    for row, (length, own) in enumerate(zip(lengths, stands, strict=True)):
+    told = jnp.asarray(lengths, jnp.int32)
+    found = laid_out(told, jnp.asarray(line), tokens=total + spare, length=longest)
+    apart, together, each, places, mask = map(np.asarray, found)
+    assert apart.shape == mask.shape == (len(lengths), longest)
+    for row, (length, own) in enumerate(zip(lengths, stands_of(lengths), strict=True)):
         np.testing.assert_array_equal(apart[row, :length], line[0, own])
         np.testing.assert_array_equal(places[own], np.arange(length))
-        np.testing.assert_array_equal(rows.mask[row], np.arange(rows.length) < length)
-    np.testing.assert_array_equal(rows.together(jnp.asarray(apart))[0, :total], line[0, :total])
-    assert places.max(initial=0) < rows.length
-    each = np.asarray(rows.each(jnp.arange(len(lengths))))
+        np.testing.assert_array_equal(mask[row], np.arange(longest) < length)
+    np.testing.assert_array_equal(together[0, :total], line[0, :total])
+    assert places.max(initial=0) < longest
     np.testing.assert_array_equal(each[0, :total], np.repeat(np.arange(len(lengths)), lengths))
 
 
