@@ -40,9 +40,9 @@ def attention(
 
     Without bias and under `right_padded`, by a kernel that never writes all scores, if there is one that takes it: on a
     GPU cuDNN's, in bfloat16, for rows of `FUSED_LENGTH` tokens and more, without a window to both sides; on TPU
-    `row_attention`; on one CPU, in float32, without places that hide a key, that of `cpu_kernels`, which takes rows as
-    they lie. Otherwise by `plain_attention`; where there is a window that is short beside the row, of blocks of queries
-    with the keys around them.
+    `row_attention`; on one CPU, without places that hide a key, that of `cpu_kernels`, which takes rows as they lie and
+    computes in float32. Otherwise by `plain_attention`; where there is a window that is short beside the row, of blocks
+    of queries with the keys around them.
 
     Args:
         query, key, value: heads side by side in the last axis, float32.
@@ -67,7 +67,7 @@ def attention(
         window = None
     kernels = available()
     hidden = bias is not None or causal or window is not None
-    if kernels is not None and kernels.cpu_tokens and not hidden and cpu_attention_takes(width, dtype):
+    if kernels is not None and kernels.cpu_tokens and not hidden and cpu_attention_takes(width):
         told = (rows.starts, rows.lengths, jnp.sum(rows.mask, axis=1, dtype=jnp.int32))
         return cpu_kernels.attention(query, key, value, *told, head_dim=width, scale=scale)
     query, key, value = (rows.apart(x) for x in (query, key, value))
@@ -92,9 +92,9 @@ def attention(
     return rows.together(mixed)
 
 
-def cpu_attention_takes(width: int, dtype: jnp.dtype) -> bool:
+def cpu_attention_takes(width: int) -> bool:
     """Whether the kernel for CPU, which must be there, takes heads of this width."""
-    return dtype == jnp.float32 and width % (2 * cpu_kernels.lanes()) == 0
+    return width % (2 * cpu_kernels.lanes()) == 0
 
 
 def fused_attention_takes(length: int, width: int, dtype: jnp.dtype, causal: bool, window: int | None) -> bool:

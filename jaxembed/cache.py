@@ -84,7 +84,7 @@ def code_digest() -> str:
     """Of the source of this package: what an older one made may be other than what this one would."""
     root = Path(__file__).parent
     total = DIGEST()
-    for file in sorted([*root.rglob("*.py"), *root.rglob("*.cpp")]):
+    for file in sorted([*root.rglob("*.py"), *root.rglob("*.cpp"), *root.rglob("*.h")]):
         total.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
     return total.hexdigest()
 

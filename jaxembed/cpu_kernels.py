@@ -1,7 +1,7 @@
-"""Products with weights and attention in C++, for one CPU and float32, called by XLA's executables.
+"""Products with weights and attention in C++, for one CPU, called by XLA's executables.
 
 XLA's matrix product on CPU repacks one of its operands at every call, which few tokens do not repay, and its attention
-over short rows is many small steps. The source, `cpu_kernels.cpp`, is compiled on the machine it runs on, by that
+over short rows is many small steps. The source, in `cpp`, is compiled on the machine it runs on, by that
 machine's C++ compiler, which knows the vectors that there are; without one everything is XLA's (docs/performance.md).
 Letters in shapes are those of `layers` and `tokens`.
 """
@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -23,16 +23,35 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-__all__ = ["Product", "attention", "build", "compiler", "host_cpu", "lanes", "load", "products", "running"]
+__all__ = [
+    "Product",
+    "attention",
+    "build",
+    "compiler",
+    "feed_forward",
+    "host_cpu",
+    "lanes",
+    "load",
+    "products",
+    "running",
+    "takes",
+]
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_suffix(".cpp")
+SOURCE = Path(__file__).parent / "cpp" / "calls.cpp"
 FLAGS = (
     *("-std=c++17", "-O2", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
     *("-fPIC", "-shared", "-pthread"),
 )
-TARGETS = ("jaxembed_linear", "jaxembed_attention")
+TARGETS = ("jaxembed_linear", "jaxembed_feed_forward", "jaxembed_attention")
+FUNCTIONS = (
+    ("jaxembed_lanes", ctypes.c_int64, 0),
+    ("jaxembed_room", ctypes.c_int64, 2),
+    ("jaxembed_half", ctypes.c_bool, 1),
+)
+"""Others that are called from here, their results, and how many integers they are given."""
+
 NEEDED = ("avx2", "fma")
 """What a CPU must be able to do, as Linux calls it: on others nothing was measured."""
 
@@ -87,8 +106,21 @@ def load(library: bytes) -> None:
         loaded = ctypes.PyDLL(str(file))
     for name in TARGETS:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
-    loaded.jaxembed_lanes.restype = ctypes.c_int64
+    for name, result, arguments in FUNCTIONS:
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, [ctypes.c_int64] * arguments
     _loaded = loaded
+
+
+def library() -> ctypes.PyDLL:
+    """What is loaded.
+
+    Raises:
+        RuntimeError: nothing is.
+    """
+    if _loaded is None:
+        raise RuntimeError("the kernels for CPU are not loaded")
+    return _loaded
 
 
 def lanes() -> int:
@@ -97,9 +129,12 @@ def lanes() -> int:
     Raises:
         RuntimeError: nothing is loaded.
     """
-    if _loaded is None:
-        raise RuntimeError("the kernels for CPU are not loaded")
-    return int(_loaded.jaxembed_lanes())
+    return int(library().jaxembed_lanes())
+
+
+def takes(dtype: jnp.dtype, depth: int) -> bool:
+    """Whether kernels in this dtype with so many input features are taken: in bfloat16 multiples of 32, with AMX."""
+    return dtype == jnp.float32 or (dtype == jnp.bfloat16 and bool(library().jaxembed_half(depth)))
 
 
 @contextmanager
@@ -118,21 +153,52 @@ def running() -> Iterator[None]:
 def products(
     x: Float[Array, "L M K"], matrices: Sequence[Product], activation: str | None = None
 ) -> tuple[Float[Array, "L M _"], ...]:
-    """activation(x @ kernel^T + bias) of each matrix, float32.
+    """activation(x @ kernel^T + bias) of each matrix, float32; x is rounded to bfloat16 where kernels are in that.
 
     Args:
         x: float32.
-        matrices: kernels, [output, input], and their biases.
+        matrices: kernels, [output, input], all in one dtype that is among what `takes`, and their biases.
         activation: one of `ACTIVATIONS`.
     """
-    depth = x.shape[-1]
-    tokens = x.size // depth
-    room = -(-tokens // lanes()) * lanes() * depth
     shapes = [(*x.shape[:-1], kernel.shape[0]) for kernel, _ in matrices]
-    operands = [y for kernel, bias in matrices for y in (kernel, jnp.zeros(0, jnp.float32) if bias is None else bias)]
-    call = jax.ffi.ffi_call(TARGETS[0], [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (*shapes, (room,))])
-    results: Sequence[jax.Array] = call(x, *operands, activation=np.int32(ACTIVATIONS[activation]))
+    call = jax.ffi.ffi_call(TARGETS[0], [*map(written, shapes), room(x, x.shape[-1])])
+    results: Sequence[jax.Array] = call(x, *operands(matrices), activation=np.int32(ACTIVATIONS[activation]))
     return tuple(results[:-1])
+
+
+def feed_forward(
+    x: Float[Array, "L M K"],
+    up: tuple[Float[Array, "F K"], Float[Array, " F"] | None],
+    down: tuple[Float[Array, "N F"], Float[Array, " N"] | None],
+    activation: str | None,
+) -> Float[Array, "L M N"]:
+    """activation(x @ up^T + its bias) @ down^T + its bias, as two `products`, without what is between.
+
+    Args:
+        x: float32.
+        up, down: kernels, [output, input], both in one dtype that is among what `takes`, and their biases.
+        activation: one of `ACTIVATIONS`.
+    """
+    width, inner = down[0].shape
+    rooms = room(x, x.shape[-1] + inner)
+    call = jax.ffi.ffi_call(TARGETS[1], [written((*x.shape[:-1], width)), rooms])
+    results: Sequence[jax.Array] = call(x, *operands([up, down]), activation=np.int32(ACTIVATIONS[activation]))
+    return results[0]
+
+
+def written(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    """An array that is given back."""
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def operands(matrices: Iterable[tuple[jax.Array, jax.Array | None]]) -> list[jax.Array]:
+    """Kernels and biases, one after the other; one that is not there has no numbers."""
+    return [y for kernel, bias in matrices for y in (kernel, jnp.zeros(0, jnp.float32) if bias is None else bias)]
+
+
+def room(x: Float[Array, "L M K"], depth: int) -> jax.ShapeDtypeStruct:
+    """For so many features of each token, as a kernel lays them."""
+    return written((int(library().jaxembed_room(x.shape[0] * x.shape[1], depth)),))
 
 
 def attention(
@@ -156,7 +222,7 @@ def attention(
         head_dim: H, a multiple of twice `lanes()`.
         scale: of the scores.
     """
-    call = jax.ffi.ffi_call(TARGETS[1], jax.ShapeDtypeStruct(query.shape, jnp.float32))
+    call = jax.ffi.ffi_call(TARGETS[2], written(query.shape))
     mixed: jax.Array = call(
         query, key, value, starts, counts, seen, head_dim=np.int32(head_dim), scale=np.float32(scale)
     )

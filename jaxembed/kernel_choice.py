@@ -1,9 +1,10 @@
 """Which kernels there are beside XLA's on the devices of a mesh: looked for, tried against formulas, and timed."""
 
 import logging
+import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -26,17 +27,23 @@ BUILDING = threading.Lock()
 KIND = "cpu_kernels"
 """What libraries are called in the cache."""
 
-TIMED = (16, 64, 128, 512)
-"""Tokens of the products that are timed, up to those of the largest batch but for a single very long row."""
+TIMED = (32, 128, 512)
+"""Tokens of what is timed, up to those of the largest batch but for a single very long row."""
 
 SIZE = (384, 1536)
-"""Their input and output features."""
+"""Features of a token, and of the feed-forward between."""
+
+DTYPES = ("float32", "bfloat16")
+"""Of models that they are tried for."""
+
+FOUND = struct.Struct(f">{len(DTYPES)}H")
+"""How the tokens of each dtype are kept."""
 
 ALLOWED = 1e-5
 """The largest absolute error of results that are around 1."""
 
 TIE = 1.05
-"""Times of XLA's products that theirs may take."""
+"""Times of XLA's that they may take."""
 
 
 def kernels_on(mesh: Mesh, dtype: str) -> Kernels:
@@ -59,11 +66,11 @@ def kernels_on(mesh: Mesh, dtype: str) -> Kernels:
 
 def cpu_tokens_on(mesh: Mesh, dtype: str) -> int:
     """`Kernels.cpu_tokens` of a mesh; 0 where `cpu_kernels` are not made for it."""
-    if platform(mesh) != "cpu" or mesh.size > 1 or dtype != "float32":
+    if platform(mesh) != "cpu" or mesh.size > 1:
         return 0
     # Shapes are compiled by several threads: the others wait for the one that builds.
     with BUILDING, jax.default_device(mesh.devices.flat[0]):
-        return cpu_tokens(cache.current())
+        return cpu_tokens(cache.current()).get(dtype, 0)
 
 
 def fused_width(capabilities: Sequence[str]) -> int:
@@ -79,57 +86,66 @@ def fused_width(capabilities: Sequence[str]) -> int:
 
 
 @lru_cache(maxsize=1)
-def cpu_tokens(kept: cache.Cache | None) -> int:
-    """`Kernels.cpu_tokens` of this machine, with the library loaded if it is not 0.
+def cpu_tokens(kept: cache.Cache | None) -> Mapping[str, int]:
+    """`Kernels.cpu_tokens` of this machine by dtype, with the library loaded if one is not 0.
 
     It is built once and kept in the cache, with what trying it gave in front. Without a cache it is not: to build and
     to try it takes longer than most scripts would gain.
     """
     if kept is None:
-        return 0
+        return {}
     program = cpu_kernels.compiler()
     if program is None:
-        return 0
+        return {}
     stat = program.stat()
     key = kept.key(KIND, cpu_kernels.host_cpu(), cpu_kernels.FLAGS, program, stat.st_size, stat.st_mtime_ns)
     found = kept.read(KIND, key)
     try:
         if found is not None:
-            tokens = int.from_bytes(found[:2], "big")
-            if tokens:
-                cpu_kernels.load(found[2:])
+            tokens = dict(zip(DTYPES, FOUND.unpack(found[: FOUND.size]), strict=True))
+            if any(tokens.values()):
+                cpu_kernels.load(found[FOUND.size :])
             return tokens
         start = time.perf_counter()
         library = cpu_kernels.build(program)
-        tokens = 0
+        tokens = dict.fromkeys(DTYPES, 0)
         if library is not None:
             cpu_kernels.load(library)
-            tokens = worth() if right() else 0
-        logger.info("kernels for CPU: up to %d tokens, found out in %.1f s", tokens, time.perf_counter() - start)
+            for dtype in DTYPES:
+                if cpu_kernels.takes(jnp.dtype(dtype), SIZE[0]) and right(dtype):
+                    tokens[dtype] = worth(dtype)
+        told = ", ".join(f"up to {count} tokens in {dtype}" for dtype, count in tokens.items())
+        logger.info("kernels for CPU: %s, found out in %.1f s", told, time.perf_counter() - start)
     except OSError as error:
         logger.warning("the kernels for CPU cannot be loaded, XLA's are used: %s", error)
-        return 0
-    kept.write(KIND, key, tokens.to_bytes(2, "big") + (library or b""))
+        return {}
+    kept.write(KIND, key, FOUND.pack(*tokens.values()) + (library or b""))
     return tokens
 
 
-def right() -> bool:
+def right(dtype: str) -> bool:
     """Whether they give what their formulas say; the log says so if not."""
     random = np.random.default_rng(0)
     errors = []
-    for tokens, depth, width in ((1, 32, 50), (29, 200, 150), (100, 768, 96)):
+    for tokens, depth, width in ((1, 32, 50), (29, 224, 150), (100, 768, 96)):
         sizes = ((tokens, depth), (width, depth), (width,))
         x, kernel, bias = (random.normal(size=size).astype(np.float32) for size in sizes)
-        kernel /= depth**0.5
+        # What the kernels round is given to them rounded.
+        x, kernel = (y.astype(dtype) for y in (x, kernel / np.float32(depth**0.5)))
+        x = x.astype(np.float32)
         wanted = exact_gelu(jnp.asarray(x.astype(np.float64) @ kernel.T.astype(np.float64) + bias, jnp.float32))
         (got,) = jax.jit(lambda *y: cpu_kernels.products(y[0][None], [(y[1], y[2])], "gelu"))(x, kernel, bias)
         errors.append(np.abs(np.asarray(got)[0] - np.asarray(wanted)).max())
+    # The last of them once more, which a second product does no more than round.
+    call = jax.jit(lambda *y: cpu_kernels.feed_forward(y[0][None], (y[1], y[2]), (y[3], None), "gelu"))
+    rounded = call(x, kernel, bias, np.eye(width).astype(dtype))
+    errors.append(np.abs(np.asarray(rounded) - np.asarray(got).astype(dtype).astype(np.float32)).max())
     head = 2 * cpu_kernels.lanes()
     counts = np.array([1, 40, 17], np.int32)
     starts = np.array([0, 1, 41], np.int32)
     q, k, v = random.normal(size=(3, 1, 60, head)).astype(np.float32)
-    call = jax.jit(lambda *y: cpu_kernels.attention(*y, head_dim=head, scale=head**-0.5))
-    mixed = np.asarray(call(q, k, v, starts, counts, counts))[0]
+    attention = jax.jit(lambda *y: cpu_kernels.attention(*y, head_dim=head, scale=head**-0.5))
+    mixed = np.asarray(attention(q, k, v, starts, counts, counts))[0]
     for start, count in zip(starts, counts, strict=True):
         row = slice(start, start + count)
         weights = np.exp(q[0, row].astype(np.float64) @ k[0, row].T / head**0.5)
@@ -143,28 +159,21 @@ def right() -> bool:
     return True
 
 
-def worth() -> int:
-    """Tokens up to which products are faster than XLA's: the most of `TIMED` before one where they are not."""
+def worth(dtype: str) -> int:
+    """Tokens up to which a feed-forward is faster than XLA's: the most of `TIMED` before one where it is not."""
     depth, width = SIZE
-    bias = np.zeros(width, np.float32)
+    up, down = ((jnp.full(size, 0.01, dtype), jnp.zeros(size[0])) for size in ((width, depth), (depth, width)))
     # So many that their kernels are not all in a cache, as a model's are not.
-    kernels = [jnp.full((width, depth), 0.01, jnp.float32) for _ in range(8)]
+    layers = [jax.tree.map(jnp.copy, (up, down)) for _ in range(4)]
     best = 0
     for tokens in TIMED:
         x = np.ones((1, tokens, depth), np.float32)
-
-        def ours(x: jax.Array, kernel: jax.Array) -> jax.Array:
-            return cpu_kernels.products(x, [(kernel, jnp.asarray(bias))], "gelu")[0]
-
-        def theirs(x: jax.Array, kernel: jax.Array) -> jax.Array:
-            return exact_gelu(linear(x, kernel) + jnp.asarray(bias)[None, None])
-
-        both = [compiled(product, x, kernels) for product in (ours, theirs)]
+        both = [compiled(layer, x, layers) for layer in (ours, theirs)]
         times: tuple[list[float], list[float]] = ([], [])
         for _ in range(15):
             for call, taken in zip(both, times, strict=True):
                 start = time.perf_counter()
-                jax.block_until_ready(call(x, kernels))
+                jax.block_until_ready(call(x, layers))
                 taken.append(time.perf_counter() - start)
         # The least that each took: what is above it is the machine's other work.
         if min(times[0]) > TIE * min(times[1]):
@@ -173,15 +182,30 @@ def worth() -> int:
     return best
 
 
-def compiled(product: Callable[[jax.Array, jax.Array], jax.Array], x: Any, kernels: list[jax.Array]) -> Any:
-    """The products with all kernels, one after the other."""
+Layer = tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+"""The two matrices of a feed-forward, each with a bias."""
 
-    def all_of_them(x: jax.Array, kernels: list[jax.Array]) -> list[jax.Array]:
+
+def ours(x: jax.Array, layer: Layer) -> jax.Array:
+    """A feed-forward by `cpu_kernels`."""
+    return cpu_kernels.feed_forward(x, *layer, "gelu")
+
+
+def theirs(x: jax.Array, layer: Layer) -> jax.Array:
+    """The same as XLA compiles it."""
+    (up, up_bias), (down, down_bias) = layer
+    return linear(exact_gelu(linear(x, up) + up_bias), down) + down_bias
+
+
+def compiled(layer: Callable[[jax.Array, Layer], jax.Array], x: Any, layers: list[Layer]) -> Any:
+    """The layers one after the other."""
+
+    def all_of_them(x: jax.Array, layers: list[Layer]) -> list[jax.Array]:
         results = []
-        for kernel in kernels:
+        for one in layers:
             # Each waits for the one before.
-            x, result = jax.lax.optimization_barrier((x, product(x, kernel)))
+            x, result = jax.lax.optimization_barrier((x, layer(x, one)))
             results.append(result)
         return results
 
-    return jax.jit(all_of_them).lower(x, kernels).compile()
+    return jax.jit(all_of_them).lower(x, layers).compile()

@@ -23,6 +23,7 @@ __all__ = [
     "Linear",
     "RMSNorm",
     "activation",
+    "feed_forward",
     "linear",
     "linears",
     "matmul",
@@ -105,6 +106,11 @@ class Linear(nnx.Module):
         self.kernel = parameter(size[::-1], axes[::-1], dtype)
         self.bias = parameter(size[1:], axes[1:]) if bias else None
 
+    @property
+    def matrix(self) -> cpu_kernels.Product:
+        """Kernel and bias."""
+        return self.kernel[...], None if self.bias is None else self.bias[...]
+
     def __call__(self, x: Float[Array, "B T In"], act: str | None = None) -> Float[Array, "B T Out"]:
         """`act`: one of `ACTIVATIONS`, for y."""
         return linears(x, [self], act)[0]
@@ -118,9 +124,8 @@ def linears(
     Up to `Kernels.cpu_tokens` tokens are left to `cpu_kernels`: they read a kernel as it lies, and bias and activation
     are no passes of their own.
     """
-    kernels = available()
-    matrices = [(layer.kernel[...], None if layer.bias is None else layer.bias[...]) for layer in layers]
-    if kernels is not None and x.shape[0] * x.shape[1] <= kernels.cpu_tokens:
+    matrices = [layer.matrix for layer in layers]
+    if by_cpu_kernels(x, layers):
         inside = act in cpu_kernels.ACTIVATIONS
         results = cpu_kernels.products(x, matrices, act if inside else None)
         act = None if inside else act
@@ -128,6 +133,21 @@ def linears(
         products = [(linear(x, kernel), bias) for kernel, bias in matrices]
         results = tuple(y if bias is None else y + bias[None, None] for y, bias in products)
     return results if act is None else tuple(map(activation(act), results))
+
+
+def feed_forward(x: Float[Array, "B T In"], up: Linear, down: Linear, act: str) -> Float[Array, "B T Out"]:
+    """down(act(up(x))); up to `Kernels.cpu_tokens` tokens by one of `cpu_kernels`, if it has that activation."""
+    if act in cpu_kernels.ACTIVATIONS and by_cpu_kernels(x, [up, down]):
+        return cpu_kernels.feed_forward(x, up.matrix, down.matrix, act)
+    return down(up(x, act))
+
+
+def by_cpu_kernels(x: Float[Array, "B T In"], layers: Sequence[Linear]) -> bool:
+    """Whether so many tokens are left to `cpu_kernels`, and they take the kernels of all these layers."""
+    kernels = available()
+    if kernels is None or x.shape[0] * x.shape[1] > kernels.cpu_tokens:
+        return False
+    return all(cpu_kernels.takes(layer.kernel.dtype, layer.kernel.shape[1]) for layer in layers)
 
 
 class Embedding(nnx.Module):

@@ -22,7 +22,7 @@ from jaxembed.blocks import linear_weights, norm_weights
 from jaxembed.configs import check_heads, read_fields
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.heads import classifier_head, masked_lm_head
-from jaxembed.layers import Embedding, LayerNorm, Linear, activation, matmul, parameter
+from jaxembed.layers import Embedding, LayerNorm, Linear, activation, feed_forward, matmul, parameter
 from jaxembed.plain_attention import split_heads
 from jaxembed.relative import distances, skew
 from jaxembed.tokens import Rows, Tokens
@@ -256,7 +256,7 @@ class Layer(nnx.Module):
         self.up = Linear((width, inner), ("embed", "mlp"), dtype)
         self.down = Linear((inner, width), ("mlp", "embed"), dtype)
         self.output_norm = LayerNorm(width, eps)
-        self.activation = activation(config.hidden_act)
+        self.act = config.hidden_act
         self.num_heads = config.num_attention_heads
         self.kinds = kinds
         # The scores are sums of up to three products; they count as such where distances are not attended to, too.
@@ -279,7 +279,7 @@ class Layer(nnx.Module):
             bias=bias,
         )
         x = self.attention_norm(x + self.output(mixed))
-        return self.output_norm(x + self.down(self.activation(self.up(x))))
+        return self.output_norm(x + feed_forward(x, self.up, self.down, self.act))
 
     def bias(
         self, query: Float[Array, "B T ND"], key: Float[Array, "B T ND"], relative: Relative

@@ -21,11 +21,13 @@ from transformers import DistilBertConfig, DistilBertModel, MPNetConfig, MPNetMo
 from jaxembed import Bucket, Embedder, Ladder, cpu_kernels, kernel_choice, make_mesh
 from jaxembed.kernel_choice import kernels_on
 from jaxembed.kernels import Kernels, right_padded
-from jaxembed.layers import Linear, exact_gelu, linears
+from jaxembed.layers import Linear, exact_gelu, feed_forward, linears
 from jaxembed.tokens import Rows
 
 Record = Callable[[str, object], None]
 Floats = npt.NDArray[np.float32]
+
+BFLOAT16 = jnp.dtype("bfloat16")
 
 HEAD = 32
 """Features of a head that every CPU's kernel takes."""
@@ -61,6 +63,74 @@ def test_products(depth: int, width: int, act: str | None) -> None:
             if act is not None:
                 wanted = 0.5 * wanted * (1 + erf(wanted * 0.5**0.5))
             np.testing.assert_allclose(one, wanted, atol=1e-6 + 2.5e-7 * depth**0.5)
+
+
+@pytest.fixture
+def half() -> None:
+    """A CPU that multiplies in bfloat16."""
+    if not cpu_kernels.takes(BFLOAT16, 32):
+        pytest.skip("this CPU has no AMX, or this compiler does not know it")
+
+
+@pytest.mark.parametrize(("depth", "width"), [(32, 1), (64, 50), (384, 96), (768, 131), (1536, 49)])
+@pytest.mark.parametrize("act", [None, "gelu"])
+@pytest.mark.usefixtures("half")
+def test_products_in_bfloat16(depth: int, width: int, act: str | None) -> None:
+    """Within what float32 does to sums of products of what is rounded to bfloat16."""
+    kernel, bias = (normal(width, depth, seed=1000) / np.float32(depth**0.5)).astype(BFLOAT16), normal(width)
+    inputs = [normal(1, tokens, depth, seed=tokens) for tokens in (1, 7, 16, 17, 31, 33, 64, 100, 1500)]
+
+    @jax.jit
+    def call(inputs: list[jax.Array], *given: jax.Array) -> list[tuple[jax.Array, ...]]:
+        return [cpu_kernels.products(x, [(given[0], given[1]), (given[0], None)], act) for x in inputs]
+
+    for x, got in zip(inputs, call(inputs, kernel, bias), strict=True):
+        plain = x.astype(BFLOAT16).astype(np.float64) @ kernel.astype(np.float64).T
+        for one, wanted in zip(got, (plain + bias, plain), strict=True):
+            if act is not None:
+                wanted = 0.5 * wanted * (1 + erf(wanted * 0.5**0.5))
+            np.testing.assert_allclose(one, wanted, atol=1e-6 + 2.5e-7 * depth**0.5)
+
+
+def test_what_they_take() -> None:
+    """float32 always; bfloat16 for features in steps of 32, and only where there is AMX; nothing else."""
+    assert all(cpu_kernels.takes(jnp.dtype("float32"), depth) for depth in (1, 33, 384))
+    assert not any(cpu_kernels.takes(BFLOAT16, depth) for depth in (1, 33, 400))
+    assert " amx_bf16 " in f"{cpu_kernels.host_cpu()} " or not cpu_kernels.takes(BFLOAT16, 384)
+    assert not cpu_kernels.takes(jnp.dtype("float16"), 384)
+
+
+def check_feed_forward(sizes: tuple[int, int, int], act: str | None, dtype: str) -> None:
+    """To the last bit what two products give."""
+    depth, inner, width = sizes
+    first, second = normal(inner, depth, seed=1) / np.float32(depth**0.5), normal(width, inner, seed=2)
+    kernels = (first.astype(dtype), second.astype(dtype))
+    inputs = [normal(1, tokens, depth, seed=tokens) for tokens in (1, 9, 16, 33, 100, 257)]
+
+    @jax.jit
+    def call(inputs: list[jax.Array], up: jax.Array, down: jax.Array, *biases: jax.Array) -> list[list[jax.Array]]:
+        results = []
+        for x in inputs:
+            for bias in ((biases[0], biases[1]), (None, None)):
+                (between,) = cpu_kernels.products(x, [(up, bias[0])], act)
+                (wanted,) = cpu_kernels.products(between, [(down, bias[1])])
+                results.append([cpu_kernels.feed_forward(x, (up, bias[0]), (down, bias[1]), act), wanted])
+        return results
+
+    for got, wanted in call(inputs, *kernels, normal(inner), normal(width)):
+        np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (5, 3, 2), (64, 100, 50), (384, 1536, 384)])
+@pytest.mark.parametrize("act", [None, "gelu"])
+def test_feed_forward(sizes: tuple[int, int, int], act: str | None) -> None:
+    check_feed_forward(sizes, act, "float32")
+
+
+@pytest.mark.parametrize("sizes", [(32, 32, 1), (64, 96, 50), (384, 1536, 384)])
+@pytest.mark.usefixtures("half")
+def test_feed_forward_in_bfloat16(sizes: tuple[int, int, int]) -> None:
+    check_feed_forward(sizes, "gelu", "bfloat16")
 
 
 def test_gelu_far_from_zero() -> None:
@@ -148,18 +218,36 @@ def test_layers_use_them_up_to_a_number_of_tokens() -> None:
     layer = Linear((HEAD, HEAD), ("embed", "heads"), "float32")
     mesh = make_mesh(jax.devices()[:1])
 
-    def used(tokens: int, kernels: Kernels | None, act: str | None = "gelu") -> bool:
-        def call(x: jax.Array) -> jax.Array:
-            return linears(x, [layer], act)[0]
+    def single(x: jax.Array, act: str) -> jax.Array:
+        return linears(x, [layer], act)[0]
 
+    def double(x: jax.Array, act: str) -> jax.Array:
+        return feed_forward(x, layer, layer, act)
+
+    def used(tokens: int, kernels: Kernels | None, act: str = "gelu", call: Callable[..., Any] = single) -> list[str]:
         with nullcontext() if kernels is None else right_padded(kernels):
-            return "jaxembed_linear" in jax.jit(call).lower(normal(1, tokens, HEAD)).as_text()
+            program = jax.jit(call, static_argnums=1).lower(normal(1, tokens, HEAD), act).as_text()
+        return [name for name in cpu_kernels.TARGETS if f"@{name}(" in program]
 
-    assert used(20, Kernels(mesh, cpu_tokens=20))
-    assert used(20, Kernels(mesh, cpu_tokens=20), "relu")
-    assert not used(21, Kernels(mesh, cpu_tokens=20))
-    assert not used(1, Kernels(mesh))
-    assert not used(1, None)
+    some = Kernels(mesh, cpu_tokens=20)
+    assert used(20, some) == used(20, some, "relu") == ["jaxembed_linear"]
+    assert used(20, some, call=double) == ["jaxembed_feed_forward"]
+    assert used(20, some, "relu", double) == ["jaxembed_linear"]
+    for call in (single, double):
+        assert not used(21, some, call=call)
+        assert not used(1, Kernels(mesh), call=call)
+        assert not used(1, None, call=call)
+
+
+def test_layers_that_they_do_not_take() -> None:
+    """One in bfloat16 with features that are no multiple of 32 is XLA's, and so is a feed-forward with it."""
+    odd = Linear((HEAD + 8, HEAD), ("embed", "heads"), "bfloat16")
+    even = Linear((HEAD, HEAD + 8), ("embed", "heads"), "bfloat16")
+    with right_padded(Kernels(make_mesh(jax.devices()[:1]), cpu_tokens=20)):
+        single = jax.jit(lambda x: linears(x, [odd])).lower(normal(1, 4, HEAD + 8)).as_text()
+        double = jax.jit(lambda x: feed_forward(x, even, odd, "gelu")).lower(normal(1, 4, HEAD)).as_text()
+    assert "jaxembed_linear" not in single
+    assert "jaxembed_feed_forward" not in double
 
 
 MODELS: dict[str, Callable[[], Any]] = {
@@ -198,7 +286,7 @@ def test_minilm_by_them_and_without(
     """The same vectors to rounding, compiled and out of the cache; and they are really used."""
     mesh = make_mesh(jax.devices()[:1])
     # Times beside other tests say nothing.
-    monkeypatch.setattr(kernel_choice, "worth", lambda: 128)
+    monkeypatch.setattr(kernel_choice, "worth", lambda _: 128)
     assert kernels_on(mesh, "float32").cpu_tokens == 128
     texts = ["a", "two words", "the rest of a longer sentence " * 5, "", "what is the capital of France?"]
     shapes = [Bucket(1, 8), Bucket(5, 64, 96)]
@@ -211,6 +299,22 @@ def test_minilm_by_them_and_without(
         for bucket in shapes:
             program = embedder.engine._executables[bucket].as_text()
             assert all(name in program for name in cpu_kernels.TARGETS)
+
+
+@pytest.mark.usefixtures("half")
+def test_minilm_in_bfloat16(
+    cache: Path, minilm_folder: Path, minilm: Embedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Next to the vectors in float32, as near as XLA's in bfloat16 (test_minilm); they are really used."""
+    monkeypatch.setattr(kernel_choice, "worth", lambda _: 128)
+    texts = ["a", "two words", "the rest of a longer sentence " * 5, "", "what is the capital of France?"]
+    shapes = [Bucket(5, 64, 96), Bucket(1, 256)]
+    embedder = Embedder.from_pretrained(
+        minilm_folder, dtype="bfloat16", mesh=make_mesh(jax.devices()[:1]), ladder=Ladder(shapes)
+    )
+    assert np.sum(embedder.encode(texts) * minilm.encode(texts), axis=1).min() >= 0.9995
+    program = embedder.engine._executables[shapes[0]].as_text()
+    assert all(name in program for name in cpu_kernels.TARGETS)
 
 
 def test_warmed_up_for_the_next_process(tiny_folder: Path, tmp_path: Path) -> None:

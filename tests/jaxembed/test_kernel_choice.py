@@ -32,6 +32,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(cpu_kernels, "compiler", lambda: Path(__file__))
     monkeypatch.setattr(cpu_kernels, "build", note("build", b"library"))
     monkeypatch.setattr(cpu_kernels, "load", note("load", None))
+    monkeypatch.setattr(cpu_kernels, "takes", lambda dtype, _: dtype == jnp.float32)
     monkeypatch.setattr(kernel_choice, "right", note("try", True))
     monkeypatch.setattr(kernel_choice, "worth", note("time", TOKENS))
     return done
@@ -51,10 +52,26 @@ def test_it_is_found_out_once(built: list[str], cache: Path) -> None:
     assert built == ["load"]
 
 
-@pytest.mark.parametrize(("devices", "dtype"), [(2, "float32"), (1, "bfloat16")])
-def test_what_they_are_not_made_for(built: list[str], cache: Path, devices: int, dtype: str) -> None:
-    assert tokens(devices, dtype) == 0
+def test_several_devices(built: list[str], cache: Path) -> None:
+    """They are not made for that."""
+    assert tokens(devices=2) == 0
     assert not built
+
+
+def test_each_dtype_for_itself(built: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that they do not take is not tried; what was found out of each is kept."""
+    assert tokens(dtype="bfloat16") == 0
+    assert tokens() == TOKENS
+    assert built == ["build", "load", "try", "time"]
+    monkeypatch.setattr(cpu_kernels, "takes", lambda *_: True)
+    monkeypatch.setattr(kernel_choice, "worth", {"float32": 16, "bfloat16": 64}.get)
+    other = cache.with_name("other")
+    for _ in range(2):
+        use_cache(other)
+        assert (tokens(), tokens(dtype="bfloat16")) == (16, 64)
+    monkeypatch.setattr(kernel_choice, "right", lambda dtype: dtype == "bfloat16")
+    use_cache(cache.with_name("third"))
+    assert (tokens(), tokens(dtype="bfloat16")) == (0, 64)
 
 
 def test_nothing_is_built_without_a_cache(built: list[str]) -> None:
@@ -81,7 +98,7 @@ def test_a_compiler_that_cannot_is_asked_once(built: list[str], cache: Path, mon
 
 def test_wrong_ones_are_not_used(built: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor timed, nor tried again."""
-    monkeypatch.setattr(kernel_choice, "right", lambda: False)
+    monkeypatch.setattr(kernel_choice, "right", lambda _: False)
     for _ in range(2):
         use_cache(cache)
         assert tokens() == 0
@@ -102,15 +119,15 @@ def test_a_library_that_cannot_be_loaded(
     assert "cannot be loaded, XLA's are used: no such instruction" in caplog.text
 
 
-@pytest.mark.parametrize("wrong", ["products", "attention"])
+@pytest.mark.parametrize("wrong", ["products", "feed_forward", "attention"])
 @pytest.mark.usefixtures("library")
-def test_right_looks_at_both(wrong: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """A hundredth too much, or NaN, in either is seen."""
-    assert kernel_choice.right()
+def test_right_looks_at_all(wrong: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A hundredth too much, or NaN, in any is seen."""
+    assert kernel_choice.right("float32")
     true = getattr(cpu_kernels, wrong)
     for factor in (1.01, jnp.nan):
         monkeypatch.setattr(cpu_kernels, wrong, lambda *a, f=factor, **b: jax.tree.map(lambda y: y * f, true(*a, **b)))
-        assert not kernel_choice.right()
+        assert not kernel_choice.right("float32")
         assert "and are not used" in caplog.messages[-1]
 
 

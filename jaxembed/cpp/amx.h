@@ -1,0 +1,116 @@
+// Products by a processor's matrix unit, Intel's AMX: tiles of 16 rows of 32 numbers in bfloat16, and sums in float32.
+
+#pragma once
+
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#define JAXEMBED_AMX
+
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "vectors.h"
+
+namespace jaxembed::amx {
+
+constexpr size_t SIDE = 16;          // rows of a tile, or tokens
+constexpr size_t STEP = 32;          // features of a tile
+constexpr size_t WORDS = STEP / 2;   // two features each
+constexpr size_t ROW = 64;           // bytes of a row
+constexpr size_t SIZE = SIDE * ROW;  // bytes of a tile
+
+// Linux lets a process use the unit once it has asked.
+inline bool allowed() {
+  constexpr long ASK = 0x1023, TILES = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool yes = syscall(SYS_arch_prctl, ASK, TILES) == 0;
+  return yes;
+}
+
+// While one exists its thread has eight tiles: sums in 0 to 3, a kernel's rows in 4 and 5, tokens in 6 and 7.
+class Tiles {
+ public:
+  Tiles() {
+    struct alignas(ROW) {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t bytes[16] = {};
+      uint8_t rows[16] = {};
+    } config;
+    for (size_t i = 0; i < 8; i++) config.bytes[i] = ROW, config.rows[i] = SIDE;
+    asm volatile("ldtilecfg %0" ::"m"(config));
+  }
+  ~Tiles() { asm volatile("tilerelease"); }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+};
+
+// The instructions. `apart` is the distance of rows in bytes.
+template <size_t T> inline void zero() { asm volatile("tilezero %%tmm%c0" ::"i"(T)); }
+template <size_t T> inline void read(const char* from, size_t apart) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(apart), "i"(T) : "memory");
+}
+template <size_t T> inline void write(float* to, size_t apart) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(apart), "i"(T) : "memory");
+}
+template <size_t Sum, size_t A, size_t B> inline void multiply_add() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sum), "i"(A), "i"(B));
+}
+
+// Words of two features of 16 tokens, each of an even one and the one behind it.
+inline void put_words(Vector even, Vector odd, char* to) {
+  alignas(ROW) static constexpr uint16_t ORDER[STEP] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(ORDER), both));
+}
+
+// 16 tokens of x, or fewer and zeros behind the last one, rounded to bfloat16: [K / 32, 16 words, 16 tokens].
+inline void fill_tiles(const float* x, size_t tokens, size_t depth, char* tiles) {
+  alignas(ROW) float rounded[SIDE * WORDS];
+  std::memset(rounded, 0, sizeof rounded);
+  for (size_t k = 0; k < depth; k += STEP, tiles += SIZE) {
+    for (size_t t = 0; t < tokens; t++) {
+      const float* from = x + t * depth + k;
+      __m512bh words = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + WORDS), _mm512_loadu_ps(from));
+      std::memcpy(rounded + t * WORDS, &words, ROW);
+    }
+    float* words = reinterpret_cast<float*>(tiles);
+    for (size_t t = 0; t < SIDE; t += 8) {
+      for (size_t w = 0; w < WORDS; w += 8) turn(rounded + t * WORDS + w, WORDS, words + w * SIDE + t, SIDE);
+    }
+  }
+}
+
+// out [16 R, 16 C] = 16 R rows of a kernel [_, depth] in bfloat16 times C times 16 tokens as `fill_tiles` lays them.
+template <size_t R, size_t C> inline void multiply(const char* rows, const char* tokens, size_t depth, float* out) {
+  zero<0>();
+  if constexpr (C > 1) zero<1>();
+  if constexpr (R > 1) zero<2>();
+  if constexpr (R > 1 && C > 1) zero<3>();
+  const size_t apart = 2 * depth, all = depth / STEP * SIZE;
+  for (size_t k = 0; k < depth; k += STEP, rows += ROW, tokens += SIZE) {
+    read<4>(rows, apart);
+    read<6>(tokens, ROW);
+    multiply_add<0, 4, 6>();
+    if constexpr (C > 1) {
+      read<7>(tokens + all, ROW);
+      multiply_add<1, 4, 7>();
+    }
+    if constexpr (R > 1) {
+      read<5>(rows + SIDE * apart, apart);
+      multiply_add<2, 5, 6>();
+    }
+    if constexpr (R > 1 && C > 1) multiply_add<3, 5, 7>();
+  }
+  write<0>(out, C * ROW);
+  if constexpr (C > 1) write<1>(out + SIDE, C * ROW);
+  if constexpr (R > 1) write<2>(out + SIDE * C * SIDE, C * ROW);
+  if constexpr (R > 1 && C > 1) write<3>(out + SIDE * C * SIDE + SIDE, C * ROW);
+}
+
+}  // namespace jaxembed::amx
+
+#endif

@@ -1,0 +1,108 @@
+// Attention over rows of tokens that lie in lines.
+
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "crew.h"
+#include "tiles.h"
+#include "vectors.h"
+
+namespace jaxembed {
+
+constexpr size_t PAIR = 2 * LANES;  // tokens, or features, that attention takes at a time
+
+struct Heads {
+  size_t query, key, width;  // heads of queries, of keys and values; features of each, a multiple of PAIR
+  float scale;
+};
+
+// scores[n] to e^(scale * (score - their maximum)), and next to nothing behind them up to `room`; their sum.
+inline float soften(float* scores, size_t n, size_t room, float scale) {
+  for (size_t i = n; i < room; i++) scores[i] = -1e30f;
+  Eight best = load<Eight>(scores), total{};
+  for (size_t i = 8; i < room; i += 8) {
+    Eight more = load<Eight>(scores + i);
+    best = more > best ? more : best;
+  }
+  float most = best[0], sum = 0.0f;
+  for (size_t i = 1; i < 8; i++) most = std::max(most, best[i]);
+  for (size_t i = 0; i < room; i += 8) {
+    Eight weight = exponential((load<Eight>(scores + i) - most) * scale);
+    store(scores + i, weight);
+    total += weight;
+  }
+  for (size_t i = 0; i < 8; i++) sum += total[i];
+  return sum;
+}
+
+// One head of one row: queries [count, width] see keys and values [seen, width], all `apart` numbers from one another. C: vectors
+// of keys that are taken at a time.
+template <size_t C>
+inline void head(const float* query, const float* key, const float* value, float* out, size_t count, size_t seen,
+          const Heads& heads) {
+  const size_t width = heads.width, query_apart = heads.query * width, key_apart = heads.key * width;
+  constexpr size_t ROWS = TILE / 2;
+  constexpr size_t KEYS = C * LANES;
+  const size_t panels = (seen + KEYS - 1) / KEYS, room = panels * KEYS;
+  static thread_local std::vector<float> scratch;
+  if (scratch.size() < room * (2 * width + ROWS)) scratch.resize(room * (2 * width + ROWS));
+  float *keys = scratch.data(), *values = keys + room * width, *scores = values + room * width;
+  for (size_t p = 0; p < panels; p++) {
+    const size_t begin = p * KEYS;
+    fill_panel(key + begin * key_apart, key_apart, std::min(KEYS, seen - begin), width, keys + begin * width, KEYS);
+  }
+  for (size_t f = 0; f < width; f += PAIR) {
+    for (size_t s = 0; s < seen; s++) {
+      std::memcpy(values + f * room + s * PAIR, value + s * key_apart + f, PAIR * sizeof(float));
+    }
+  }
+  for (size_t first = 0; first < count; first += ROWS) {
+    const size_t rows = std::min(ROWS, count - first);
+    for (size_t p = 0; p < panels; p++) {
+      const float* keys_of = keys + p * KEYS * width;
+      tile_of<ROWS, C>(rows, query + first * query_apart, query_apart, keys_of, width, scores + p * KEYS, room, nullptr);
+    }
+    float sums[ROWS];
+    for (size_t r = 0; r < rows; r++) sums[r] = soften(scores + r * room, seen, room, heads.scale);
+    float* to = out + first * query_apart;
+    for (size_t f = 0; f < width; f += PAIR) {
+      tile_of<ROWS, 2>(rows, scores, room, values + f * room, seen, to + f, query_apart, nullptr);
+    }
+    for (size_t r = 0; r < rows; r++) {
+      for (size_t f = 0; f < width; f += LANES) {
+        store(to + r * query_apart + f, load<Vector>(to + r * query_apart + f) / sums[r]);
+      }
+    }
+  }
+}
+
+// Rows of `count` tokens, of which attention sees the first `seen`, stand where `starts` says in lines of `total` tokens.
+inline void attention(const float* query, const float* key, const float* value, const int32_t* starts, const int32_t* counts,
+               const int32_t* seen, size_t rows, size_t total, const Heads& heads, float* out) {
+  const size_t apart = heads.query * heads.width, group = heads.query / heads.key;
+  size_t end = 0, work = 0;
+  for (size_t row = 0; row < rows; row++) {
+    end = std::max<size_t>(end, starts[row] + counts[row]);
+    work += size_t(counts[row]) * seen[row] * apart;
+  }
+  // Zeros where no row stands: nobody looks there, but NaN times 0 would be NaN.
+  std::memset(out + end * apart, 0, (total - end) * apart * sizeof(float));
+  Crew::get().each(rows * heads.query, work > 200'000, [&](size_t i) {
+    size_t row = i / heads.query, h = i % heads.query, start = starts[row], count = counts[row];
+    float* to = out + start * apart + h * heads.width;
+    if (seen[row] == 0) {
+      for (size_t t = 0; t < count; t++) std::memset(to + t * apart, 0, heads.width * sizeof(float));
+      return;
+    }
+    size_t behind = start * heads.key * heads.width + h / group * heads.width;
+    auto one = size_t(seen[row]) <= LANES ? head<1> : head<2>;
+    one(query + start * apart + h * heads.width, key + behind, value + behind, to, count, seen[row], heads);
+  });
+}
+
+}  // namespace jaxembed

@@ -1,0 +1,113 @@
+// What XLA's executables call: products with weights and attention for CPUs. `cpu_kernels.py` compiles this for
+// the machine it runs on, so the compiler knows the vectors that there are.
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "attention.h"
+#include "crew.h"
+#include "linear.h"
+#include "matrix.h"
+#include "vectors.h"
+#include "xla/ffi/api/c_api.h"
+
+namespace {
+
+using namespace jaxembed;
+
+const XLA_FFI_Buffer& argument(const XLA_FFI_CallFrame* frame, int64_t i) {
+  return *static_cast<const XLA_FFI_Buffer*>(frame->args.args[i]);
+}
+
+float* result(const XLA_FFI_CallFrame* frame, int64_t i) {
+  return static_cast<float*>(static_cast<const XLA_FFI_Buffer*>(frame->rets.rets[i])->data);
+}
+
+const float* floats(const XLA_FFI_Buffer& buffer) { return static_cast<const float*>(buffer.data); }
+
+// Attributes come in the order of their names.
+template <class T> T attribute(const XLA_FFI_CallFrame* frame, int64_t i) {
+  return *static_cast<const T*>(static_cast<const XLA_FFI_Scalar*>(frame->attrs.attrs[i])->value);
+}
+
+size_t width_of(const XLA_FFI_Buffer& buffer) { return buffer.dims[buffer.rank - 1]; }
+
+size_t tokens_of(const XLA_FFI_Buffer& buffer) {
+  size_t count = 1;
+  for (int64_t i = 0; i + 1 < buffer.rank; i++) count *= buffer.dims[i];
+  return count;
+}
+
+// The matrix whose kernel and bias follow x as the i-th ones.
+Matrix matrix(const XLA_FFI_CallFrame* frame, int64_t i, float* y) {
+  const XLA_FFI_Buffer &kernel = argument(frame, 1 + 2 * i), &bias = argument(frame, 2 + 2 * i);
+  return {kernel.data, bias.dims[0] ? floats(bias) : nullptr, y, size_t(kernel.dims[0])};
+}
+
+// Whether kernels are in bfloat16; all of a call are of one kind.
+bool in_half(const XLA_FFI_CallFrame* frame) { return argument(frame, 1).dtype == XLA_FFI_DataType_BF16; }
+
+// Whether XLA only asks which version of its interface this is made for; then it is told.
+bool asked(XLA_FFI_CallFrame* frame) {
+  auto* extension = frame->extension_start;  // its type has another name in each version
+  if (extension == nullptr || extension->type != XLA_FFI_Extension_Metadata) return false;
+  XLA_FFI_Metadata* told = reinterpret_cast<XLA_FFI_Metadata_Extension*>(extension)->metadata;
+  told->api_version.major_version = XLA_FFI_API_MAJOR;
+  told->api_version.minor_version = XLA_FFI_API_MINOR;
+  return true;
+}
+
+}  // namespace
+
+// x [..., K], then kernel [N, K] and bias [N] or [0] of each matrix -> y [..., N] of each, room.
+// Attribute: activation.
+extern "C" XLA_FFI_Error* jaxembed_linear(XLA_FFI_CallFrame* frame) {
+  if (asked(frame)) return nullptr;
+  const XLA_FFI_Buffer& x = argument(frame, 0);
+  const int64_t count = (frame->args.size - 1) / 2;
+  std::vector<Matrix> matrices;
+  for (int64_t i = 0; i < count; i++) matrices.push_back(matrix(frame, i, result(frame, i)));
+  with_way(tokens_of(x), in_half(frame), [&](auto way) {
+    linear(way, floats(x), width_of(x), matrices, Activation(attribute<int32_t>(frame, 0)), result(frame, count));
+  });
+  return nullptr;
+}
+
+// x [..., K], then kernel [F, K] and bias [F] or [0], kernel [N, F] and bias [N] or [0] -> y [..., N], room.
+// Attribute: activation, between the two.
+extern "C" XLA_FFI_Error* jaxembed_feed_forward(XLA_FFI_CallFrame* frame) {
+  if (asked(frame)) return nullptr;
+  const XLA_FFI_Buffer& x = argument(frame, 0);
+  const Matrix up = matrix(frame, 0, nullptr), down = matrix(frame, 1, result(frame, 0));
+  with_way(tokens_of(x), in_half(frame), [&](auto way) {
+    feed_forward(way, floats(x), width_of(x), up, Activation(attribute<int32_t>(frame, 0)), down, result(frame, 1));
+  });
+  return nullptr;
+}
+
+// Queries [..., N H], keys and values [..., K H], starts, counts and seen [B] -> [..., N H].
+// Attributes: head_dim, scale.
+extern "C" XLA_FFI_Error* jaxembed_attention(XLA_FFI_CallFrame* frame) {
+  if (asked(frame)) return nullptr;
+  const XLA_FFI_Buffer &query = argument(frame, 0), &key = argument(frame, 1), &starts = argument(frame, 3);
+  const size_t width = attribute<int32_t>(frame, 0);
+  const Heads heads{width_of(query) / width, width_of(key) / width, width, attribute<float>(frame, 1)};
+  auto numbers = [&](int64_t i) { return static_cast<const int32_t*>(argument(frame, i).data); };
+  attention(floats(query), floats(key), floats(argument(frame, 2)), numbers(3), numbers(4), numbers(5), starts.dims[0],
+            tokens_of(query), heads, result(frame, 0));
+  return nullptr;
+}
+
+// A run of a model begins and ends.
+extern "C" void jaxembed_begin() { Crew::get().begin(); }
+extern "C" void jaxembed_end() { Crew::get().end(); }
+
+// Whether kernels in bfloat16 are taken, for inputs of so many features.
+extern "C" bool jaxembed_half(int64_t features) { return takes_half(features); }
+
+// Numbers in float32 that so many tokens need room for.
+extern "C" int64_t jaxembed_room(int64_t tokens, int64_t features) { return room_of(tokens, features); }
+
+// Numbers of a vector, for whoever makes room.
+extern "C" int64_t jaxembed_lanes() { return LANES; }

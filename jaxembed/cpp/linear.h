@@ -1,0 +1,53 @@
+// Products with weights, one way or the other. Letters: M tokens, K features of the input, N features of the output.
+
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+#include "by_amx.h"
+#include "by_vectors.h"
+#include "matrix.h"
+
+namespace jaxembed {
+
+// Whether kernels in bfloat16 are taken, for inputs of so many features.
+inline bool takes_half([[maybe_unused]] size_t K) {
+#if defined(JAXEMBED_AMX)
+  return K % amx::STEP == 0 && amx::allowed();
+#else
+  return false;
+#endif
+}
+
+// Numbers that M tokens of K features need room for, by whichever way.
+inline size_t room_of(size_t M, size_t K) { return ByVectors(M).room(K); }
+
+// y = activation(x kernel^T + bias) of each matrix. `room` is for x.
+template <class Way>
+void linear(const Way& way, const float* x, size_t K, const std::vector<Matrix>& matrices, Activation activation, float* room) {
+  way.fill(x, K, room);
+  way.multiply(room, K, matrices, [&](const Part& part) { put(part, activation); });
+}
+
+// y of `down` = activation(x up^T + its bias) down^T + its bias. What is between never lies token by token. `room` is for that
+// and for x.
+template <class Way>
+void feed_forward(const Way& way, const float* x, size_t K, const Matrix& up, Activation activation, const Matrix& down,
+                  float* room) {
+  float* inner = room + way.room(K);
+  way.fill(x, K, room);
+  way.multiply(room, K, {up}, [&](const Part& part) { way.keep(part, activation, inner); });
+  way.multiply(inner, up.N, {down}, [&](const Part& part) { put(part, NONE); });
+}
+
+// call(way) for M tokens with kernels in float32 or, where `takes_half` says so, in bfloat16.
+template <class Call> void with_way(size_t M, [[maybe_unused]] bool half, const Call& call) {
+#if defined(JAXEMBED_AMX)
+  // An executable from the cache was made by a process that had asked; this one has to as well.
+  if (half && amx::allowed()) return call(ByAmx(M));
+#endif
+  call(ByVectors(M));
+}
+
+}  // namespace jaxembed

@@ -1,0 +1,94 @@
+// Vectors of numbers that a processor computes with at a time, and functions of them.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace jaxembed {
+
+#if defined(__AVX512F__)  // 32 registers
+constexpr size_t LANES = 16;
+#else  // 16 registers
+constexpr size_t LANES = 8;
+#endif
+constexpr size_t LINE = 16;                    // numbers of a line of the cache
+constexpr size_t EIGHT = 8;
+
+typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
+typedef float Eight __attribute__((vector_size(EIGHT * sizeof(float))));
+typedef int32_t EightInts __attribute__((vector_size(EIGHT * sizeof(int32_t))));
+
+// At any address.
+template <class V> inline V load(const float* from) {
+  V value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+template <class V> inline void store(float* to, V value) { std::memcpy(to, &value, sizeof value); }
+
+// to[j, i] = from[i, j] for 8 x 8 numbers, 0 for rows from `rows` on; `apart` is the distance of rows.
+inline void turn(const float* from, size_t from_apart, float* to, size_t to_apart, size_t rows = 8) {
+  Eight a[8], b[8];
+  for (size_t i = 0; i < 8; i++) a[i] = i < rows ? load<Eight>(from + i * from_apart) : Eight{};
+  for (size_t i = 0; i < 8; i += 2) {
+    b[i] = __builtin_shufflevector(a[i], a[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    b[i + 1] = __builtin_shufflevector(a[i], a[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (size_t i = 0; i < 8; i += 4) {
+    a[i] = __builtin_shufflevector(b[i], b[i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+    a[i + 1] = __builtin_shufflevector(b[i], b[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    a[i + 2] = __builtin_shufflevector(b[i + 1], b[i + 3], 0, 1, 8, 9, 4, 5, 12, 13);
+    a[i + 3] = __builtin_shufflevector(b[i + 1], b[i + 3], 2, 3, 10, 11, 6, 7, 14, 15);
+  }
+  for (size_t i = 0; i < 4; i++) {
+    store(to + i * to_apart, __builtin_shufflevector(a[i], a[i + 4], 0, 1, 2, 3, 8, 9, 10, 11));
+    store(to + (i + 4) * to_apart, __builtin_shufflevector(a[i], a[i + 4], 4, 5, 6, 7, 12, 13, 14, 15));
+  }
+}
+
+
+// x * Phi(x). erf is the quotient of polynomials that XLA computes it by, 1 from 3.83 on.
+template <class V> inline V gelu(V x) {
+  const V end = V{} + 3.832506856900711f;
+  V z = x * 0.70710678118654752f;
+  z = z > end ? end : z;
+  z = z < -end ? -end : z;
+  V s = z * z;
+  V above = s * 0.00022905065861350646f + 0.0034082910107109506f;
+  above = above * s + 0.050955695062380861f;
+  above = above * s + 0.18520832239976145f;
+  above = above * s + 1.128379143519084f;
+  V below = s * -1.1791602954361697e-7f + 0.000023547966471313185f;
+  below = below * s + 0.0010179625278914885f;
+  below = below * s + 0.014070470171167667f;
+  below = below * s + 0.11098505178285362f;
+  below = below * s + 0.49746925110067538f;
+  below = below * s + 1.0f;
+  return 0.5f * x * (1.0f + z * above / below);
+}
+
+// e^x for x <= 0: 2^n e^r with |r| <= log(2) / 2, and e^r by its Taylor polynomial of degree 7 (error below 1e-8).
+inline Eight exponential(Eight x) {
+  const Eight least = Eight{} - 87.0f;
+  x = x < least ? least : x;
+  Eight n = x * 1.44269504088896341f - 0.5f;
+  EightInts whole = __builtin_convertvector(n, EightInts);  // towards 0: the nearest, for n <= 0
+  n = __builtin_convertvector(whole, Eight);
+  Eight r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Eight e = r * (1.0f / 5040.0f) + (1.0f / 720.0f);
+  e = e * r + (1.0f / 120.0f);
+  e = e * r + (1.0f / 24.0f);
+  e = e * r + (1.0f / 6.0f);
+  e = e * r + 0.5f;
+  e = e * r + 1.0f;
+  e = e * r + 1.0f;
+  EightInts power = (whole + 127) << 23;
+  Eight two;
+  std::memcpy(&two, &power, sizeof two);
+  return e * two;
+}
+
+}  // namespace jaxembed
