@@ -40,8 +40,8 @@ def attention(
 
     Without bias and under `right_padded`, by a kernel that never writes all scores, if there is one that takes it: on a
     GPU cuDNN's, in bfloat16, for rows of `FUSED_LENGTH` tokens and more, without a window to both sides; on TPU
-    `row_attention`; on one CPU, without places that hide a key, that of `cpu_kernels`, which takes rows as they lie and
-    computes in float32. Otherwise by `plain_attention`; where there is a window that is short beside the row, of blocks
+    `row_attention`; on one CPU, without places that hide a key, that of `cpu_kernels`, which takes rows as they lie.
+    Otherwise by `plain_attention`; where there is a window that is short beside the row, of blocks
     of queries with the keys around them.
 
     Args:
@@ -69,7 +69,7 @@ def attention(
     hidden = bias is not None or causal or window is not None
     if kernels is not None and kernels.cpu_tokens and not hidden and cpu_attention_takes(width):
         told = (rows.starts, rows.lengths, jnp.sum(rows.mask, axis=1, dtype=jnp.int32))
-        return cpu_kernels.attention(query, key, value, *told, head_dim=width, scale=scale)
+        return cpu_kernels.attention(query, key, value, *told, head_dim=width, scale=scale, dtype=dtype)
     query, key, value = (rows.apart(x) for x in (query, key, value))
     plain = partial(plain_attention, heads=heads, dtype=dtype, scale=scale)
     if bias is None and window is not None and in_blocks_pays(length, causal, window):

@@ -211,6 +211,7 @@ def attention(
     *,
     head_dim: int,
     scale: float,
+    dtype: jnp.dtype,
 ) -> Float[Array, "L M ND"]:
     """softmax(Q K^T * scale) V of rows in lines; zeros where there is no row, or a row without keys.
 
@@ -221,11 +222,11 @@ def attention(
         seen: how many of them, the first ones, are keys.
         head_dim: H, a multiple of twice `lanes()`.
         scale: of the scores.
+        dtype: "bfloat16" lets operands of the products be rounded to that, as they are for many keys with AMX.
     """
     call = jax.ffi.ffi_call(TARGETS[2], written(query.shape))
-    mixed: jax.Array = call(
-        query, key, value, starts, counts, seen, head_dim=np.int32(head_dim), scale=np.float32(scale)
-    )
+    options = {"half": np.int32(dtype == jnp.bfloat16), "head_dim": np.int32(head_dim), "scale": np.float32(scale)}
+    mixed: jax.Array = call(query, key, value, starts, counts, seen, **options)
     return mixed
 
 

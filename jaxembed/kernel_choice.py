@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from jaxembed import cache, cpu_kernels
 from jaxembed.kernels import Kernels
-from jaxembed.layers import exact_gelu, linear
+from jaxembed.layers import FLOAT32, exact_gelu, linear
 from jaxembed.sharding import platform
 
 __all__ = ["cpu_tokens_on", "fused_width", "kernels_on"]
@@ -144,7 +144,7 @@ def right(dtype: str) -> bool:
     counts = np.array([1, 40, 17], np.int32)
     starts = np.array([0, 1, 41], np.int32)
     q, k, v = random.normal(size=(3, 1, 60, head)).astype(np.float32)
-    attention = jax.jit(lambda *y: cpu_kernels.attention(*y, head_dim=head, scale=head**-0.5))
+    attention = jax.jit(lambda *y: cpu_kernels.attention(*y, head_dim=head, scale=head**-0.5, dtype=FLOAT32))
     mixed = np.asarray(attention(q, k, v, starts, counts, counts))[0]
     for start, count in zip(starts, counts, strict=True):
         row = slice(start, start + count)

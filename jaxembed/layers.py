@@ -143,11 +143,12 @@ def feed_forward(x: Float[Array, "B T In"], up: Linear, down: Linear, act: str) 
 
 
 def by_cpu_kernels(x: Float[Array, "B T In"], layers: Sequence[Linear]) -> bool:
-    """Whether so many tokens are left to `cpu_kernels`, and they take the kernels of all these layers."""
-    kernels = available()
-    if kernels is None or x.shape[0] * x.shape[1] > kernels.cpu_tokens:
+    """Whether so many tokens are left to `cpu_kernels`, and they take the kernels of these layers, all in one dtype."""
+    there = available()
+    if there is None or x.shape[0] * x.shape[1] > there.cpu_tokens:
         return False
-    return all(cpu_kernels.takes(layer.kernel.dtype, layer.kernel.shape[1]) for layer in layers)
+    kernels = [layer.kernel for layer in layers]
+    return all(one.dtype == kernels[0].dtype and cpu_kernels.takes(one.dtype, one.shape[1]) for one in kernels)
 
 
 class Embedding(nnx.Module):

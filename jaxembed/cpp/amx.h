@@ -67,16 +67,19 @@ inline void put_words(Vector even, Vector odd, char* to) {
   _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(ORDER), both));
 }
 
-// 16 tokens of x, or fewer and zeros behind the last one, rounded to bfloat16: [K / 32, 16 words, 16 tokens].
-inline void fill_tiles(const float* x, size_t tokens, size_t depth, char* tiles) {
+// 32 numbers, rounded to bfloat16.
+inline void put_row(const float* from, char* to) {
+  __m512bh words = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + WORDS), _mm512_loadu_ps(from));
+  std::memcpy(to, &words, ROW);
+}
+
+// 16 tokens of x, `apart` numbers from one another, or fewer and zeros behind the last one, rounded to bfloat16:
+// [depth / 32, 16 words, 16 tokens].
+inline void fill_tiles(const float* x, size_t apart, size_t tokens, size_t depth, char* tiles) {
   alignas(ROW) float rounded[SIDE * WORDS];
   std::memset(rounded, 0, sizeof rounded);
   for (size_t k = 0; k < depth; k += STEP, tiles += SIZE) {
-    for (size_t t = 0; t < tokens; t++) {
-      const float* from = x + t * depth + k;
-      __m512bh words = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + WORDS), _mm512_loadu_ps(from));
-      std::memcpy(rounded + t * WORDS, &words, ROW);
-    }
+    for (size_t t = 0; t < tokens; t++) put_row(x + t * apart + k, reinterpret_cast<char*>(rounded + t * WORDS));
     float* words = reinterpret_cast<float*>(tiles);
     for (size_t t = 0; t < SIDE; t += 8) {
       for (size_t w = 0; w < WORDS; w += 8) turn(rounded + t * WORDS + w, WORDS, words + w * SIDE + t, SIDE);
@@ -85,7 +88,8 @@ inline void fill_tiles(const float* x, size_t tokens, size_t depth, char* tiles)
 }
 
 // out [16 R, 16 C] = 16 R rows of a kernel [_, depth] in bfloat16 times C times 16 tokens as `fill_tiles` lays them.
-template <size_t R, size_t C> inline void multiply(const char* rows, const char* tokens, size_t depth, float* out) {
+template <size_t R, size_t C>
+inline void multiply(const char* rows, const char* tokens, size_t depth, float* out, size_t out_apart) {
   zero<0>();
   if constexpr (C > 1) zero<1>();
   if constexpr (R > 1) zero<2>();
@@ -105,10 +109,11 @@ template <size_t R, size_t C> inline void multiply(const char* rows, const char*
     }
     if constexpr (R > 1 && C > 1) multiply_add<3, 5, 7>();
   }
-  write<0>(out, C * ROW);
-  if constexpr (C > 1) write<1>(out + SIDE, C * ROW);
-  if constexpr (R > 1) write<2>(out + SIDE * C * SIDE, C * ROW);
-  if constexpr (R > 1 && C > 1) write<3>(out + SIDE * C * SIDE + SIDE, C * ROW);
+  const size_t out_bytes = out_apart * sizeof(float);
+  write<0>(out, out_bytes);
+  if constexpr (C > 1) write<1>(out + SIDE, out_bytes);
+  if constexpr (R > 1) write<2>(out + SIDE * out_apart, out_bytes);
+  if constexpr (R > 1 && C > 1) write<3>(out + SIDE * out_apart + SIDE, out_bytes);
 }
 
 }  // namespace jaxembed::amx

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <vector>
 
+#include "amx.h"
 #include "crew.h"
 #include "tiles.h"
 #include "vectors.h"
@@ -40,8 +41,8 @@ inline float soften(float* scores, size_t n, size_t room, float scale) {
   return sum;
 }
 
-// One head of one row: queries [count, width] see keys and values [seen, width], all `apart` numbers from one another. C: vectors
-// of keys that are taken at a time.
+// One head of one row: queries [count, width] see keys and values [seen, width], all `apart` numbers from one another.
+// C: vectors of keys that are taken at a time.
 template <size_t C>
 inline void head(const float* query, const float* key, const float* value, float* out, size_t count, size_t seen,
           const Heads& heads) {
@@ -81,9 +82,65 @@ inline void head(const float* query, const float* key, const float* value, float
   }
 }
 
+#if defined(JAXEMBED_AMX)
+
+constexpr size_t AMX_KEYS = 32;  // more than so many are worth their tiles
+
+// `head` by the matrix unit, with queries, keys, values and weights rounded to bfloat16; `width` is a multiple of 32.
+inline void head_by_amx(const float* query, const float* key, const float* value, float* out, size_t count, size_t seen,
+                        const Heads& heads) {
+  using amx::ROW, amx::SIDE, amx::STEP;
+  constexpr size_t ROWS = 2 * SIDE;
+  const size_t width = heads.width, query_apart = heads.query * width, key_apart = heads.key * width;
+  const size_t room = (seen + STEP - 1) / STEP * STEP;
+  // Of four bytes, which two numbers in bfloat16 share.
+  const size_t needed = room * width + ROWS * (width / 2 + room / 2 + room) + ROW;
+  static thread_local std::vector<float> scratch;
+  if (scratch.size() < needed) scratch.resize(needed);
+  char* keys = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(scratch.data()) + ROW - 1) / ROW * ROW);
+  char *values = keys + room * width * 2, *queries = values + room * width * 2, *weights = queries + ROWS * width * 2;
+  float* scores = reinterpret_cast<float*>(weights + ROWS * room * 2);
+  for (size_t s = 0; s < room; s += SIDE) {
+    const size_t tokens = std::min(SIDE, seen - std::min(seen, s));
+    amx::fill_tiles(key + s * key_apart, key_apart, tokens, width, keys + s * width * 2);
+  }
+  auto of = [&](size_t s, size_t f) { return s < seen ? load<Vector>(value + s * key_apart + f) : Vector{}; };
+  for (size_t f = 0; f < width; f += SIDE) {
+    for (size_t s = 0; s < room; s += 2) amx::put_words(of(s, f), of(s + 1, f), values + f * room * 2 + s / 2 * ROW);
+  }
+  const amx::Tiles configured;
+  for (size_t first = 0; first < count; first += ROWS) {
+    const size_t rows = std::min(ROWS, count - first);
+    const auto times = rows > SIDE ? amx::multiply<2, 2> : amx::multiply<1, 2>;
+    std::memset(queries + rows * width * 2, 0, (ROWS - rows) * width * 2);
+    std::memset(weights + rows * room * 2, 0, (ROWS - rows) * room * 2);
+    for (size_t r = 0; r < rows; r++) {
+      const float* from = query + (first + r) * query_apart;
+      for (size_t f = 0; f < width; f += STEP) amx::put_row(from + f, queries + (r * width + f) * 2);
+    }
+    for (size_t s = 0; s < room; s += STEP) times(queries, keys + s * width * 2, width, scores + s, room);
+    float sums[ROWS];
+    for (size_t r = 0; r < rows; r++) {
+      sums[r] = soften(scores + r * room, seen, room, heads.scale);
+      for (size_t s = 0; s < room; s += STEP) amx::put_row(scores + r * room + s, weights + (r * room + s) * 2);
+    }
+    for (size_t f = 0; f < width; f += STEP) {
+      alignas(ROW) float mixed[ROWS * STEP];
+      times(weights, values + f * room * 2, room, mixed, STEP);
+      for (size_t r = 0; r < rows; r++) {
+        float* to = out + (first + r) * query_apart + f;
+        for (size_t i = 0; i < STEP; i += LANES) store(to + i, load<Vector>(mixed + r * STEP + i) / sums[r]);
+      }
+    }
+  }
+}
+
+#endif
+
 // Rows of `count` tokens, of which attention sees the first `seen`, stand where `starts` says in lines of `total` tokens.
-inline void attention(const float* query, const float* key, const float* value, const int32_t* starts, const int32_t* counts,
-               const int32_t* seen, size_t rows, size_t total, const Heads& heads, float* out) {
+inline void attention(const float* query, const float* key, const float* value, const int32_t* starts,
+                      const int32_t* counts, const int32_t* seen, size_t rows, size_t total, const Heads& heads,
+                      [[maybe_unused]] bool half, float* out) {
   const size_t apart = heads.query * heads.width, group = heads.query / heads.key;
   size_t end = 0, work = 0;
   for (size_t row = 0; row < rows; row++) {
@@ -101,6 +158,9 @@ inline void attention(const float* query, const float* key, const float* value, 
     }
     size_t behind = start * heads.key * heads.width + h / group * heads.width;
     auto one = size_t(seen[row]) <= LANES ? head<1> : head<2>;
+#if defined(JAXEMBED_AMX)
+    if (half && size_t(seen[row]) > AMX_KEYS && heads.width % amx::STEP == 0 && amx::allowed()) one = head_by_amx;
+#endif
     one(query + start * apart + h * heads.width, key + behind, value + behind, to, count, seen[row], heads);
   });
 }

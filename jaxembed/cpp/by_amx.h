@@ -1,5 +1,5 @@
-// Products with weights in bfloat16, by tiles of the matrix unit. Letters: M tokens, K features of the input, N features of the
-// output.
+// Products with weights in bfloat16, by tiles of the matrix unit. Letters: M tokens, K features of the input, N features
+// of the output.
 
 #pragma once
 
@@ -27,7 +27,7 @@ class ByAmx {
 
   void fill(const float* x, size_t K, float* tiles) const {
     Crew::get().each(tiles_, tokens_ * K > 100'000, [&](size_t i) {
-      amx::fill_tiles(x + i * SIDE * K, std::min(SIDE, tokens_ - i * SIDE), K, tile(tiles, i, K));
+      amx::fill_tiles(x + i * SIDE * K, K, std::min(SIDE, tokens_ - i * SIDE), K, tile(tiles, i, K));
     });
   }
 
@@ -53,7 +53,7 @@ class ByAmx {
         const size_t columns = std::min<size_t>(2, end - i);
         constexpr decltype(&amx::multiply<1, 1>) multiply[2][2] = {{amx::multiply<1, 1>, amx::multiply<1, 2>},
                                                                    {amx::multiply<2, 1>, amx::multiply<2, 2>}};
-        multiply[block.rows > SIDE][columns == 2](rows, tile(tiles, i, K), K, out);
+        multiply[block.rows > SIDE][columns == 2](rows, tile(tiles, i, K), K, out, columns * SIDE);
         const size_t tokens = std::min(tokens_ - i * SIDE, columns * SIDE);
         take(Part{*block.one, block.first, block.rows, i * SIDE, tokens, out, columns * SIDE});
       }
@@ -77,8 +77,8 @@ class ByAmx {
 
  private:
   static constexpr size_t SIDE = amx::SIDE;
-  static constexpr size_t BLOCK = 2 * SIDE;          // output features that a thread takes at a time
-  static constexpr size_t ROOM = size_t(1) << 19;    // numbers of tokens that it takes with them
+  static constexpr size_t BLOCK = 2 * SIDE;        // output features that a thread takes at a time
+  static constexpr size_t ROOM = size_t(1) << 19;  // numbers of tokens that it takes with them
 
   static char* tile(float* tiles, size_t i, size_t K) { return reinterpret_cast<char*>(tiles) + i * SIDE * K * 2; }
 

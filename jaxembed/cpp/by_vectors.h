@@ -1,5 +1,5 @@
-// Products with weights in float32, by multiply-adds of vectors. Letters: M tokens, K features of the input, N features of the
-// output.
+// Products with weights in float32, by multiply-adds of vectors. Letters: M tokens, K features of the input, N features of
+// the output.
 
 #pragma once
 
@@ -17,7 +17,10 @@ namespace jaxembed {
 // M tokens, in panels of three or four vectors each, where there are enough.
 class ByVectors {
  public:
-  explicit ByVectors(size_t M) : tokens_(M), vectors_((M + LANES - 1) / LANES), count_(std::max(vectors_ / 3, (vectors_ + MOST - 1) / MOST)) {}
+  explicit ByVectors(size_t M)
+      : tokens_(M),
+        vectors_((M + LANES - 1) / LANES),
+        count_(std::max(vectors_ / 3, (vectors_ + MOST - 1) / MOST)) {}
 
   // Numbers that they have in panels.
   size_t room(size_t K) const { return vectors_ * LANES * K; }
@@ -63,9 +66,9 @@ class ByVectors {
   }
 
  private:
-  static constexpr size_t MOST = 4;             // vectors of a panel
-  static constexpr size_t GROUP = 32 / LANES;   // panels that a thread takes at a time
-  static constexpr size_t BLOCK = 48;           // output features, a multiple of 8 and of a tile's rows
+  static constexpr size_t MOST = 4;            // vectors of a panel
+  static constexpr size_t GROUP = 32 / LANES;  // panels that a thread takes at a time
+  static constexpr size_t BLOCK = 48;          // output features, a multiple of 8 and of a tile's rows
 
   size_t begin(size_t i) const { return i == count_ ? tokens_ : vectors_ * i / count_ * LANES; }
   size_t of(size_t i) const { return begin(i + 1) - begin(i); }

@@ -25,13 +25,14 @@ inline size_t room_of(size_t M, size_t K) { return ByVectors(M).room(K); }
 
 // y = activation(x kernel^T + bias) of each matrix. `room` is for x.
 template <class Way>
-void linear(const Way& way, const float* x, size_t K, const std::vector<Matrix>& matrices, Activation activation, float* room) {
+void linear(const Way& way, const float* x, size_t K, const std::vector<Matrix>& matrices, Activation activation,
+            float* room) {
   way.fill(x, K, room);
   way.multiply(room, K, matrices, [&](const Part& part) { put(part, activation); });
 }
 
-// y of `down` = activation(x up^T + its bias) down^T + its bias. What is between never lies token by token. `room` is for that
-// and for x.
+// y of `down` = activation(x up^T + its bias) down^T + its bias. What is between never lies token by token. `room` is for
+// that and for x.
 template <class Way>
 void feed_forward(const Way& way, const float* x, size_t K, const Matrix& up, Activation activation, const Matrix& down,
                   float* room) {

@@ -11,7 +11,7 @@
 namespace jaxembed {
 
 #if defined(__AVX512F__)  // 32 registers
-constexpr size_t TILE = 24;  // vectors of a tile, which stay in registers
+constexpr size_t TILE = 24;         // vectors of a tile, which stay in registers
 constexpr bool CALL_AHEAD = false;  // whether to call what comes next into the cache (docs/performance.md)
 #else  // 16 registers
 constexpr size_t TILE = 12;
@@ -138,7 +138,7 @@ inline void rows_times_panel(const float* kernel, size_t rows, size_t depth, con
   constexpr size_t R = TILE / C, width = C * LANES;
   for (size_t r = 0; r < rows; r += R) {
     const float *a = kernel + r * depth, *next = r + R < rows ? a + R * depth : then;
-    tile_of<R, C>(std::min(R, rows - r), a, depth, panel, depth, out + r * width, width, then == nullptr ? nullptr : next);
+    tile_of<R, C>(std::min(R, rows - r), a, depth, panel, depth, out + r * width, width, then ? next : nullptr);
   }
 }
 
