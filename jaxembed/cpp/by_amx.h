@@ -77,7 +77,7 @@ class ByAmx {
 
  private:
   static constexpr size_t SIDE = amx::SIDE;
-  static constexpr size_t BLOCK = 2 * SIDE;        // output features that a thread takes at a time
+  static constexpr size_t BLOCK = 2 * SIDE;        // output features that a thread takes at a time, no more than MOST_ROWS
   static constexpr size_t ROOM = size_t(1) << 19;  // numbers of tokens that it takes with them
 
   static char* tile(float* tiles, size_t i, size_t K) { return reinterpret_cast<char*>(tiles) + i * SIDE * K * 2; }

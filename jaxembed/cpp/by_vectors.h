@@ -68,7 +68,7 @@ class ByVectors {
  private:
   static constexpr size_t MOST = 4;            // vectors of a panel
   static constexpr size_t GROUP = 32 / LANES;  // panels that a thread takes at a time
-  static constexpr size_t BLOCK = 48;          // output features, a multiple of 8 and of a tile's rows
+  static constexpr size_t BLOCK = MOST_ROWS;   // output features that it takes: a multiple of a tile's rows
 
   size_t begin(size_t i) const { return i == count_ ? tokens_ : vectors_ * i / count_ * LANES; }
   size_t of(size_t i) const { return begin(i + 1) - begin(i); }

@@ -35,11 +35,13 @@ struct Block {
   size_t first, rows;  // its features
 };
 
-// Some features of some tokens: out [rows, width], of which behind `tokens` columns nothing is meant.
+constexpr size_t MOST_ROWS = 48;  // output features of a part: a multiple of 8
+
+// Some features of some tokens of what a matrix gives: out [rows, width], of which behind `tokens` columns nothing is meant.
 struct Part {
   const Matrix& one;
   size_t first, rows;    // features
-  size_t begin, tokens;
+  size_t begin, tokens;  // the first token, and how many
   const float* out;
   size_t width;
 };
@@ -50,16 +52,15 @@ inline Vector finished(Vector x, Activation activation) { return activation == G
 
 // A part to y, with bias and activation.
 inline void put(const Part& part, Activation activation) {
-  constexpr size_t MOST = 48;  // features
   const size_t N = part.one.N, whole = part.rows / LANES * LANES, rest = part.rows - whole;
   const float* bias = part.one.bias ? part.one.bias + part.first : nullptr;
   Vector last{};
   if (bias != nullptr) std::memcpy(&last, bias + whole, rest * sizeof(float));
-  alignas(64) float turned[8 * MOST];
+  alignas(64) float turned[8 * MOST_ROWS];
   for (size_t t = 0; t < part.tokens; t += 8) {
-    for (size_t f = 0; f < part.rows; f += 8) turn(part.out + f * part.width + t, part.width, turned + f, MOST);
+    for (size_t f = 0; f < part.rows; f += 8) turn(part.out + f * part.width + t, part.width, turned + f, MOST_ROWS);
     for (size_t i = 0; i < std::min<size_t>(8, part.tokens - t); i++) {
-      const float* from = turned + i * MOST;
+      const float* from = turned + i * MOST_ROWS;
       float* to = part.one.y + (part.begin + t + i) * N + part.first;
       for (size_t f = 0; f < whole; f += LANES) {
         Vector more = bias != nullptr ? load<Vector>(bias + f) : Vector{};
