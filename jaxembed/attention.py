@@ -41,8 +41,8 @@ def attention(
     Without bias and under `right_padded`, by a kernel that never writes all scores, if there is one that takes it: on a
     GPU cuDNN's, in bfloat16, for rows of `FUSED_LENGTH` tokens and more, without a window to both sides; on TPU
     `row_attention`; on one CPU, without places that hide a key, that of `cpu_kernels`, which takes rows as they lie.
-    Otherwise by `plain_attention`; where there is a window that is short beside the row, of blocks
-    of queries with the keys around them.
+    Otherwise by `plain_attention`; where there is a window that is short beside the row, of blocks of queries with the
+    keys around them.
 
     Args:
         query, key, value: heads side by side in the last axis, float32.

@@ -52,8 +52,11 @@ FUNCTIONS = (
 )
 """Others that are called from here, their results, and how many integers they are given."""
 
-NEEDED = ("avx2", "fma")
-"""What a CPU must be able to do, as Linux calls it: on others nothing was measured."""
+NEEDED: Mapping[str, Sequence[str]] = {
+    "float32": ("avx2", "fma"),
+    "bfloat16": ("avx2", "fma", "avx512_bf16", "amx_bf16"),
+}
+"""By dtype: what a CPU must be able to do, as Linux calls it. On others nothing was measured, or XLA's are used."""
 
 ACTIVATIONS: Mapping[str | None, int] = {None: 0, "gelu": 1}
 """Functions that a product can end with, by Hugging Face's names, and their numbers in the source."""
@@ -62,9 +65,10 @@ Product = tuple[Float[Array, "N K"], Float[Array, " N"] | None]
 """A kernel and its bias."""
 
 
-def compiler() -> Path | None:
-    """The C++ compiler for this machine: $CXX, or `c++`; None if there is none, or nothing for it to do."""
-    if platform.machine() != "x86_64" or not all(f" {flag} " in f"{host_cpu()} " for flag in NEEDED):
+def compiler(dtype: str) -> Path | None:
+    """The C++ compiler for this machine: $CXX, or `c++`; None if there is none, or nothing to do in that dtype."""
+    needed = NEEDED.get(dtype)
+    if needed is None or platform.machine() != "x86_64" or not all(f" {flag} " in f"{host_cpu()} " for flag in needed):
         return None
     found = shutil.which(os.environ.get("CXX") or "c++")
     return None if found is None else Path(found).resolve()

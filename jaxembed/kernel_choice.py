@@ -1,10 +1,9 @@
 """Which kernels there are beside XLA's on the devices of a mesh: looked for, tried against formulas, and timed."""
 
 import logging
-import struct
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +14,7 @@ from jax.sharding import Mesh
 
 from jaxembed import cache, cpu_kernels
 from jaxembed.kernels import Kernels
-from jaxembed.layers import FLOAT32, exact_gelu, linear
+from jaxembed.layers import exact_gelu, linear
 from jaxembed.sharding import platform
 
 __all__ = ["cpu_tokens_on", "fused_width", "kernels_on"]
@@ -32,12 +31,6 @@ TIMED = (32, 128, 512)
 
 SIZE = (384, 1536)
 """Features of a token, and of the feed-forward between."""
-
-DTYPES = ("float32", "bfloat16")
-"""Of models that they are tried for."""
-
-FOUND = struct.Struct(f">{len(DTYPES)}H")
-"""How the tokens of each dtype are kept."""
 
 ALLOWED = 1e-5
 """The largest absolute error of results that are around 1."""
@@ -70,7 +63,7 @@ def cpu_tokens_on(mesh: Mesh, dtype: str) -> int:
         return 0
     # Shapes are compiled by several threads: the others wait for the one that builds.
     with BUILDING, jax.default_device(mesh.devices.flat[0]):
-        return cpu_tokens(cache.current()).get(dtype, 0)
+        return cpu_tokens(cache.current(), dtype)
 
 
 def fused_width(capabilities: Sequence[str]) -> int:
@@ -85,41 +78,40 @@ def fused_width(capabilities: Sequence[str]) -> int:
     return 128 if least < 9.0 else 256
 
 
-@lru_cache(maxsize=1)
-def cpu_tokens(kept: cache.Cache | None) -> Mapping[str, int]:
-    """`Kernels.cpu_tokens` of this machine by dtype, with the library loaded if one is not 0.
+@lru_cache(maxsize=len(cpu_kernels.NEEDED))
+def cpu_tokens(kept: cache.Cache | None, dtype: str) -> int:
+    """`Kernels.cpu_tokens` of this machine, with the library loaded if it is not 0.
 
-    It is built once and kept in the cache, with what trying it gave in front. Without a cache it is not: to build and
-    to try it takes longer than most scripts would gain.
+    It is built once for a dtype and kept in the cache, with what trying it gave in front. Without a cache it is not: to
+    build and to try it takes longer than most scripts would gain.
     """
     if kept is None:
-        return {}
-    program = cpu_kernels.compiler()
+        return 0
+    program = cpu_kernels.compiler(dtype)
     if program is None:
-        return {}
+        return 0
     stat = program.stat()
-    key = kept.key(KIND, cpu_kernels.host_cpu(), cpu_kernels.FLAGS, program, stat.st_size, stat.st_mtime_ns)
+    key = kept.key(KIND, dtype, cpu_kernels.host_cpu(), cpu_kernels.FLAGS, program, stat.st_size, stat.st_mtime_ns)
     found = kept.read(KIND, key)
     try:
         if found is not None:
-            tokens = dict(zip(DTYPES, FOUND.unpack(found[: FOUND.size]), strict=True))
-            if any(tokens.values()):
-                cpu_kernels.load(found[FOUND.size :])
+            tokens = int.from_bytes(found[:2], "big")
+            if tokens:
+                cpu_kernels.load(found[2:])
             return tokens
         start = time.perf_counter()
         library = cpu_kernels.build(program)
-        tokens = dict.fromkeys(DTYPES, 0)
+        tokens = 0
         if library is not None:
             cpu_kernels.load(library)
-            for dtype in DTYPES:
-                if cpu_kernels.takes(jnp.dtype(dtype), SIZE[0]) and right(dtype):
-                    tokens[dtype] = worth(dtype)
-        told = ", ".join(f"up to {count} tokens in {dtype}" for dtype, count in tokens.items())
-        logger.info("kernels for CPU: %s, found out in %.1f s", told, time.perf_counter() - start)
+            # The compiler may not know what the CPU can do, or Linux not allow it.
+            tokens = worth(dtype) if cpu_kernels.takes(jnp.dtype(dtype), SIZE[0]) and right(dtype) else 0
+        seconds = time.perf_counter() - start
+        logger.info("kernels for CPU in %s: up to %d tokens, found out in %.1f s", dtype, tokens, seconds)
     except OSError as error:
         logger.warning("the kernels for CPU cannot be loaded, XLA's are used: %s", error)
-        return {}
-    kept.write(KIND, key, FOUND.pack(*tokens.values()) + (library or b""))
+        return 0
+    kept.write(KIND, key, tokens.to_bytes(2, "big") + (library or b""))
     return tokens
 
 
@@ -144,11 +136,15 @@ def right(dtype: str) -> bool:
     counts = np.array([1, 40, 17], np.int32)
     starts = np.array([0, 1, 41], np.int32)
     q, k, v = random.normal(size=(3, 1, 60, head)).astype(np.float32)
-    attention = jax.jit(lambda *y: cpu_kernels.attention(*y, head_dim=head, scale=head**-0.5, dtype=FLOAT32))
+    scale = head**-0.5
+    if dtype == "bfloat16":
+        # Scores are whole numbers and weights are powers of two, which rounding leaves as they are.
+        q, k, v, scale = np.sign(q), np.sign(k), v.astype(dtype).astype(np.float32), float(np.log(2.0))
+    attention = jax.jit(lambda *y: cpu_kernels.attention(*y, head_dim=head, scale=scale, dtype=jnp.dtype(dtype)))
     mixed = np.asarray(attention(q, k, v, starts, counts, counts))[0]
     for start, count in zip(starts, counts, strict=True):
         row = slice(start, start + count)
-        weights = np.exp(q[0, row].astype(np.float64) @ k[0, row].T / head**0.5)
+        weights = np.exp(q[0, row].astype(np.float64) @ k[0, row].T * scale)
         wanted = weights @ v[0, row] / weights.sum(axis=1, keepdims=True)
         errors.append(np.abs(mixed[row] - wanted).max())
     # NaN is no less than anything.

@@ -74,7 +74,7 @@ def cache(tmp_path: Path, shared_compilations: Path) -> Iterator[Path]:
 def cxx(monkeypatch: pytest.MonkeyPatch) -> Path:
     """The machine's C++ compiler, which is there as it is outside of tests."""
     monkeypatch.delenv("CXX")
-    program = cpu_kernels.compiler()
+    program = cpu_kernels.compiler("float32")
     if program is None:
         pytest.skip("no C++ compiler, or a CPU without AVX2: nothing is built for it")
     return program

@@ -45,7 +45,7 @@ inline float soften(float* scores, size_t n, size_t room, float scale) {
 // C: vectors of keys that are taken at a time.
 template <size_t C>
 inline void head(const float* query, const float* key, const float* value, float* out, size_t count, size_t seen,
-          const Heads& heads) {
+                 const Heads& heads) {
   const size_t width = heads.width, query_apart = heads.query * width, key_apart = heads.key * width;
   constexpr size_t ROWS = TILE / 2;
   constexpr size_t KEYS = C * LANES;
@@ -86,10 +86,11 @@ inline void head(const float* query, const float* key, const float* value, float
 
 constexpr size_t AMX_KEYS = 32;  // more than so many are worth their tiles
 
-// `head` by the matrix unit, with queries, keys, values and weights rounded to bfloat16; `width` is a multiple of 32.
+// `head` by the matrix unit, with queries, keys, values and weights rounded to bfloat16.
 inline void head_by_amx(const float* query, const float* key, const float* value, float* out, size_t count, size_t seen,
                         const Heads& heads) {
   using amx::ROW, amx::SIDE, amx::STEP;
+  static_assert(PAIR == STEP);
   constexpr size_t ROWS = 2 * SIDE;
   const size_t width = heads.width, query_apart = heads.query * width, key_apart = heads.key * width;
   const size_t room = (seen + STEP - 1) / STEP * STEP;
@@ -159,7 +160,7 @@ inline void attention(const float* query, const float* key, const float* value, 
     size_t behind = start * heads.key * heads.width + h / group * heads.width;
     auto one = size_t(seen[row]) <= LANES ? head<1> : head<2>;
 #if defined(JAXEMBED_AMX)
-    if (half && size_t(seen[row]) > AMX_KEYS && heads.width % amx::STEP == 0 && amx::allowed()) one = head_by_amx;
+    if (half && size_t(seen[row]) > AMX_KEYS && amx::allowed()) one = head_by_amx;
 #endif
     one(query + start * apart + h * heads.width, key + behind, value + behind, to, count, seen[row], heads);
   });

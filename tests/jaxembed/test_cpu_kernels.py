@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -46,23 +46,30 @@ def normal(*shape: int, seed: int = 0) -> Floats:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-@pytest.mark.parametrize(("depth", "width"), [(1, 1), (5, 3), (8, 48), (100, 50), (384, 96), (400, 131), (1536, 49)])
-@pytest.mark.parametrize("act", [None, "gelu"])
-def test_products(depth: int, width: int, act: str | None) -> None:
-    """Within what float32 does to sums: whole panels, tiles and blocks and parts of them; with a bias and without."""
-    kernel, bias = normal(width, depth, seed=1000) / np.float32(depth**0.5), normal(width)
-    inputs = [normal(1, tokens, depth, seed=tokens) for tokens in (1, 7, 8, 9, 16, 17, 31, 33, 64, 100, 257)]
+def check_products(size: tuple[int, int], act: str | None, dtype: str, counts: Sequence[int]) -> None:
+    """Within what float32 does to sums of products of what is in that dtype; with a bias and without."""
+    depth, width = size
+    kernel = (normal(width, depth, seed=1000) / np.float32(depth**0.5)).astype(dtype)
+    bias = normal(width)
+    inputs = [normal(1, tokens, depth, seed=tokens) for tokens in counts]
 
     @jax.jit
     def call(inputs: list[jax.Array], *given: jax.Array) -> list[tuple[jax.Array, ...]]:
         return [cpu_kernels.products(x, [(given[0], given[1]), (given[0], None)], act) for x in inputs]
 
     for x, got in zip(inputs, call(inputs, kernel, bias), strict=True):
-        plain = x.astype(np.float64) @ kernel.astype(np.float64).T
+        plain = x.astype(dtype).astype(np.float64) @ kernel.astype(np.float64).T
         for one, wanted in zip(got, (plain + bias, plain), strict=True):
             if act is not None:
                 wanted = 0.5 * wanted * (1 + erf(wanted * 0.5**0.5))
             np.testing.assert_allclose(one, wanted, atol=1e-6 + 2.5e-7 * depth**0.5)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 3), (8, 48), (100, 50), (384, 96), (400, 131), (1536, 49)])
+@pytest.mark.parametrize("act", [None, "gelu"])
+def test_products(size: tuple[int, int], act: str | None) -> None:
+    """Whole panels, tiles and blocks and parts of them."""
+    check_products(size, act, "float32", (1, 7, 8, 9, 16, 17, 31, 33, 64, 100, 257))
 
 
 @pytest.fixture
@@ -72,24 +79,12 @@ def half() -> None:
         pytest.skip("this CPU has no AMX, or this compiler does not know it")
 
 
-@pytest.mark.parametrize(("depth", "width"), [(32, 1), (64, 50), (384, 96), (768, 131), (1536, 49)])
+@pytest.mark.parametrize("size", [(32, 1), (64, 50), (384, 96), (768, 131), (1536, 49)])
 @pytest.mark.parametrize("act", [None, "gelu"])
 @pytest.mark.usefixtures("half")
-def test_products_in_bfloat16(depth: int, width: int, act: str | None) -> None:
-    """Within what float32 does to sums of products of what is rounded to bfloat16."""
-    kernel, bias = (normal(width, depth, seed=1000) / np.float32(depth**0.5)).astype(BFLOAT16), normal(width)
-    inputs = [normal(1, tokens, depth, seed=tokens) for tokens in (1, 7, 16, 17, 31, 33, 64, 100, 1500)]
-
-    @jax.jit
-    def call(inputs: list[jax.Array], *given: jax.Array) -> list[tuple[jax.Array, ...]]:
-        return [cpu_kernels.products(x, [(given[0], given[1]), (given[0], None)], act) for x in inputs]
-
-    for x, got in zip(inputs, call(inputs, kernel, bias), strict=True):
-        plain = x.astype(BFLOAT16).astype(np.float64) @ kernel.astype(np.float64).T
-        for one, wanted in zip(got, (plain + bias, plain), strict=True):
-            if act is not None:
-                wanted = 0.5 * wanted * (1 + erf(wanted * 0.5**0.5))
-            np.testing.assert_allclose(one, wanted, atol=1e-6 + 2.5e-7 * depth**0.5)
+def test_products_in_bfloat16(size: tuple[int, int], act: str | None) -> None:
+    """The same; more tokens than one group too."""
+    check_products(size, act, "bfloat16", (1, 7, 16, 17, 31, 33, 64, 100, 1500))
 
 
 def test_what_they_take() -> None:
@@ -314,6 +309,19 @@ def test_minilm_by_them_and_without(
         for bucket in shapes:
             program = embedder.engine._executables[bucket].as_text()
             assert all(name in program for name in cpu_kernels.TARGETS)
+
+
+@pytest.mark.usefixtures("half")
+def test_they_are_found_right_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And attention is looked at in that dtype: one that is off by a hundredth is seen."""
+    assert kernel_choice.right("bfloat16")
+    true = cpu_kernels.attention
+
+    def wrong(*arrays: Any, dtype: jnp.dtype, **options: Any) -> jax.Array:
+        return true(*arrays, dtype=dtype, **options) * (1.01 if dtype == BFLOAT16 else 1.0)
+
+    monkeypatch.setattr(cpu_kernels, "attention", wrong)
+    assert not kernel_choice.right("bfloat16")
 
 
 @pytest.mark.usefixtures("half")

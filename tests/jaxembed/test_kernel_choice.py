@@ -29,10 +29,10 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return call
 
-    monkeypatch.setattr(cpu_kernels, "compiler", lambda: Path(__file__))
+    monkeypatch.setattr(cpu_kernels, "compiler", lambda _: Path(__file__))
     monkeypatch.setattr(cpu_kernels, "build", note("build", b"library"))
     monkeypatch.setattr(cpu_kernels, "load", note("load", None))
-    monkeypatch.setattr(cpu_kernels, "takes", lambda dtype, _: dtype == jnp.float32)
+    monkeypatch.setattr(cpu_kernels, "takes", lambda *_: True)
     monkeypatch.setattr(kernel_choice, "right", note("try", True))
     monkeypatch.setattr(kernel_choice, "worth", note("time", TOKENS))
     return done
@@ -59,19 +59,29 @@ def test_several_devices(built: list[str], cache: Path) -> None:
 
 
 def test_each_dtype_for_itself(built: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that they do not take is not tried; what was found out of each is kept."""
-    assert tokens(dtype="bfloat16") == 0
-    assert tokens() == TOKENS
-    assert built == ["build", "load", "try", "time"]
-    monkeypatch.setattr(cpu_kernels, "takes", lambda *_: True)
+    """Only the one that is asked for is tried and timed; what was found out of each is kept."""
+
+    def right(dtype: str) -> bool:
+        built.append(dtype)
+        return dtype == "bfloat16"
+
+    monkeypatch.setattr(kernel_choice, "right", right)
     monkeypatch.setattr(kernel_choice, "worth", {"float32": 16, "bfloat16": 64}.get)
-    other = cache.with_name("other")
-    for _ in range(2):
-        use_cache(other)
-        assert (tokens(), tokens(dtype="bfloat16")) == (16, 64)
-    monkeypatch.setattr(kernel_choice, "right", lambda dtype: dtype == "bfloat16")
-    use_cache(cache.with_name("third"))
+    assert tokens(dtype="bfloat16") == 64
+    assert built == ["build", "load", "bfloat16"]
+    assert tokens() == 0
+    assert built[3:] == ["build", "load", "float32"]
+    built.clear()
+    use_cache(cache)
     assert (tokens(), tokens(dtype="bfloat16")) == (0, 64)
+    assert built == ["load"]
+
+
+def test_what_they_do_not_take(built: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not tried: that might be an illegal instruction."""
+    monkeypatch.setattr(cpu_kernels, "takes", lambda *_: False)
+    assert tokens(dtype="bfloat16") == 0
+    assert built == ["build", "load"]
 
 
 def test_nothing_is_built_without_a_cache(built: list[str]) -> None:
@@ -81,7 +91,7 @@ def test_nothing_is_built_without_a_cache(built: list[str]) -> None:
 
 
 def test_without_a_compiler(built: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_kernels, "compiler", lambda: None)
+    monkeypatch.setattr(cpu_kernels, "compiler", lambda _: None)
     assert tokens() == 0
     assert not built
 
@@ -151,15 +161,19 @@ def test_a_compiler_that_fails(
 
 
 @pytest.mark.parametrize(
-    ("machine", "flags", "there"),
+    ("dtype", "machine", "flags", "there"),
     [
-        ("x86_64", "flags : sse avx2 fma", True),
-        ("x86_64", "flags : sse avx2x fma", False),
-        ("aarch64", "avx2 fma", False),
+        ("float32", "x86_64", "flags : sse avx2 fma", True),
+        ("float32", "x86_64", "flags : sse avx2x fma", False),
+        ("float32", "aarch64", "avx2 fma", False),
+        ("bfloat16", "x86_64", "flags : sse avx2 fma", False),
+        ("bfloat16", "x86_64", "flags : sse avx2 fma avx512_bf16", False),
+        ("bfloat16", "x86_64", "flags : sse avx2 fma avx512_bf16 amx_bf16 amx_tile", True),
+        ("float16", "x86_64", "flags : sse avx2 fma", False),
     ],
 )
 def test_for_which_machines_there_is_a_compiler(
-    machine: str, flags: str, there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: str, machine: str, flags: str, there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """$CXX is asked before `c++`."""
     program = tmp_path / "mine"
@@ -168,4 +182,4 @@ def test_for_which_machines_there_is_a_compiler(
     monkeypatch.setenv("CXX", str(program))
     monkeypatch.setattr(cpu_kernels.platform, "machine", lambda: machine)
     monkeypatch.setattr(cpu_kernels, "host_cpu", lambda: flags)
-    assert compiler() == (program.resolve() if there else None)
+    assert compiler(dtype) == (program.resolve() if there else None)
