@@ -15,7 +15,7 @@ from jaxembed.architecture import Weight, Weights
 from jaxembed.attention import attention
 from jaxembed.configs import check_heads, read_fields
 from jaxembed.errors import UnsupportedModelError
-from jaxembed.layers import Embedding, LayerNorm, Linear, activation, feed_forward, linears
+from jaxembed.layers import Embedding, LayerNorm, Linear, activation, feed_forward, linear_norm, linears
 from jaxembed.tokens import Rows, Tokens
 
 __all__ = [
@@ -152,8 +152,8 @@ class PostNormLayer(nnx.Module):
         """`bias` is added to the attention scores."""
         query, key, value = linears(x, [self.query, self.key, self.value])
         mixed = attention(query, key, value, rows, num_heads=self.num_heads, dtype=self.dtype, bias=bias)
-        x = self.attention_norm(x + self.output(mixed))
-        return self.output_norm(x + feed_forward(x, self.up, self.down, self.act))
+        x = linear_norm(mixed, self.output, x, self.attention_norm)
+        return feed_forward(x, self.up, self.act, self.down, self.output_norm)
 
 
 class PostNormEncoder(nnx.Module):

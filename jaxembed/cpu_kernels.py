@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 __all__ = [
+    "Norm",
     "Product",
     "attention",
     "build",
@@ -31,6 +32,7 @@ __all__ = [
     "feed_forward",
     "host_cpu",
     "lanes",
+    "linear_norm",
     "load",
     "products",
     "running",
@@ -44,7 +46,7 @@ FLAGS = (
     *("-std=c++17", "-O2", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
     *("-fPIC", "-shared", "-pthread"),
 )
-TARGETS = ("jaxembed_linear", "jaxembed_feed_forward", "jaxembed_attention")
+TARGETS = ("jaxembed_linear", "jaxembed_linear_norm", "jaxembed_feed_forward", "jaxembed_attention")
 FUNCTIONS = (
     ("jaxembed_lanes", ctypes.c_int64, 0),
     ("jaxembed_room", ctypes.c_int64, 2),
@@ -63,6 +65,9 @@ ACTIVATIONS: Mapping[str | None, int] = {None: 0, "gelu": 1}
 
 Product = tuple[Float[Array, "N K"], Float[Array, " N"] | None]
 """A kernel and its bias."""
+
+Norm = tuple[Float[Array, " N"], Float[Array, " N"] | None, float]
+"""Scale and bias of a LayerNorm, and what it adds to the variance."""
 
 
 def compiler(dtype: str) -> Path | None:
@@ -166,27 +171,46 @@ def products(
     """
     shapes = [(*x.shape[:-1], kernel.shape[0]) for kernel, _ in matrices]
     call = jax.ffi.ffi_call(TARGETS[0], [*map(written, shapes), room(x, x.shape[-1])])
-    results: Sequence[jax.Array] = call(x, *operands(matrices), activation=np.int32(ACTIVATIONS[activation]))
+    operands = (x, *(array for one in matrices for array in with_bias(one)))
+    results: Sequence[jax.Array] = call(*operands, activation=np.int32(ACTIVATIONS[activation]))
     return tuple(results[:-1])
 
 
+def linear_norm(
+    x: Float[Array, "L M K"], matrix: Product, residual: Float[Array, "L M N"], norm: Norm
+) -> Float[Array, "L M N"]:
+    """norm(residual + x @ kernel^T + bias), as one of `products` and a LayerNorm.
+
+    Args:
+        x, residual: float32.
+        matrix: kernel, [output, input], in a dtype that is among what `takes`, and bias.
+        norm: of the sum.
+    """
+    call = jax.ffi.ffi_call(TARGETS[1], [written(residual.shape), room(x, x.shape[-1])])
+    operands = (x, *with_bias(matrix), residual, *with_bias(norm[:2]))
+    results: Sequence[jax.Array] = call(*operands, eps=np.float32(norm[2]))
+    return results[0]
+
+
 def feed_forward(
-    x: Float[Array, "L M K"],
-    up: tuple[Float[Array, "F K"], Float[Array, " F"] | None],
+    x: Float[Array, "L M N"],
+    up: tuple[Float[Array, "F N"], Float[Array, " F"] | None],
     down: tuple[Float[Array, "N F"], Float[Array, " N"] | None],
     activation: str | None,
+    norm: Norm,
 ) -> Float[Array, "L M N"]:
-    """activation(x @ up^T + its bias) @ down^T + its bias, as two `products`, without what is between.
+    """norm(x + activation(x @ up^T + its bias) @ down^T + its bias), without what is between.
 
     Args:
         x: float32.
         up, down: kernels, [output, input], both in one dtype that is among what `takes`, and their biases.
         activation: one of `ACTIVATIONS`.
+        norm: of the sum.
     """
-    width, inner = down[0].shape
-    rooms = room(x, x.shape[-1] + inner)
-    call = jax.ffi.ffi_call(TARGETS[1], [written((*x.shape[:-1], width)), rooms])
-    results: Sequence[jax.Array] = call(x, *operands([up, down]), activation=np.int32(ACTIVATIONS[activation]))
+    call = jax.ffi.ffi_call(TARGETS[2], [written(x.shape), room(x, sum(down[0].shape))])
+    operands = (x, *with_bias(up), *with_bias(down), *with_bias(norm[:2]))
+    options = {"activation": np.int32(ACTIVATIONS[activation]), "eps": np.float32(norm[2])}
+    results: Sequence[jax.Array] = call(*operands, **options)
     return results[0]
 
 
@@ -195,9 +219,10 @@ def written(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def operands(matrices: Iterable[tuple[jax.Array, jax.Array | None]]) -> list[jax.Array]:
-    """Kernels and biases, one after the other; one that is not there has no numbers."""
-    return [y for kernel, bias in matrices for y in (kernel, jnp.zeros(0, jnp.float32) if bias is None else bias)]
+def with_bias(one: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array]:
+    """Kernel or scale, and bias; one that is not there has no numbers."""
+    first, bias = one
+    return first, jnp.zeros(0, jnp.float32) if bias is None else bias
 
 
 def room(x: Float[Array, "L M K"], depth: int) -> jax.ShapeDtypeStruct:
@@ -228,7 +253,7 @@ def attention(
         scale: of the scores.
         dtype: "bfloat16" lets operands of the products be rounded to that, as they are for many keys with AMX.
     """
-    call = jax.ffi.ffi_call(TARGETS[2], written(query.shape))
+    call = jax.ffi.ffi_call(TARGETS[3], written(query.shape))
     options = {"half": np.int32(dtype == jnp.bfloat16), "head_dim": np.int32(head_dim), "scale": np.float32(scale)}
     mixed: jax.Array = call(query, key, value, starts, counts, seen, **options)
     return mixed

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxembed.attention import attention
-from jaxembed.layers import Embedding, LayerNorm, Linear, activation
+from jaxembed.layers import Embedding, LayerNorm, Linear, activation, linear_norm, linears
 from jaxembed.rotary import Turn
 from jaxembed.tokens import Rows, Tokens
 
@@ -40,7 +40,8 @@ class GatedMLP(nnx.Module):
         self.activation = activation(act)
 
     def __call__(self, x: Float[Array, "L M D"]) -> Float[Array, "L M D"]:
-        return self.down(self.activation(self.gate(x)) * self.up(x))
+        gate, up = linears(x, [self.gate, self.up])
+        return self.down(self.activation(gate) * up)
 
 
 class GatedLayer(nnx.Module):
@@ -87,7 +88,7 @@ class GatedLayer(nnx.Module):
         bias: Float[Array, "_ N T T"] | None = None,
     ) -> Float[Array, "L M D"]:
         """`turn` is done to queries and keys; `bias` is added to the attention scores."""
-        x = self.attention_norm(x + self.attend(x, rows, turn, bias))
+        x = self.attend(x, rows, turn, bias)
         return self.output_norm(x + self.mlp(x))
 
     def attend(
@@ -97,13 +98,12 @@ class GatedLayer(nnx.Module):
         turn: Turn | None,
         bias: Float[Array, "_ N T T"] | None,
     ) -> Float[Array, "L M D"]:
-        """What attention adds to x."""
-        query, key = self.query(x), self.key(x)
+        """x with what attention adds, normalised."""
+        query, key, value = linears(x, [self.query, self.key, self.value])
         if turn is not None:
             query, key = turn(query, self.num_heads), turn(key, self.num_heads)
-        return self.output(
-            attention(query, key, self.value(x), rows, num_heads=self.num_heads, dtype=self.dtype, bias=bias)
-        )
+        mixed = attention(query, key, value, rows, num_heads=self.num_heads, dtype=self.dtype, bias=bias)
+        return linear_norm(mixed, self.output, x, self.attention_norm)
 
 
 class WordEmbeddings(nnx.Module):

@@ -10,11 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from jax.sharding import Mesh
 
 from jaxembed import cache, cpu_kernels
 from jaxembed.kernels import Kernels
-from jaxembed.layers import exact_gelu, linear
+from jaxembed.layers import exact_gelu, layer_norm, linear
 from jaxembed.sharding import platform
 
 __all__ = ["cpu_tokens_on", "fused_width", "kernels_on"]
@@ -37,6 +38,8 @@ ALLOWED = 1e-5
 
 TIE = 1.05
 """Times of XLA's that they may take."""
+
+Numbers = npt.NDArray[Any]
 
 
 def kernels_on(mesh: Mesh, dtype: str) -> Kernels:
@@ -117,42 +120,73 @@ def cpu_tokens(kept: cache.Cache | None, dtype: str) -> int:
 
 def right(dtype: str) -> bool:
     """Whether they give what their formulas say; the log says so if not."""
-    random = np.random.default_rng(0)
+    # NaN is no less than anything.
+    worst = float(np.max([*wrong_in_products(dtype), *wrong_in_norms(dtype), *wrong_in_attention(dtype)]))
+    if not worst <= ALLOWED:
+        logger.warning("the kernels for CPU are off by %.1e, more than %.1e, and are not used", worst, ALLOWED)
+        return False
+    return True
+
+
+def wrong_in_products(dtype: str) -> list[float]:
+    """The largest error of each of some `products`."""
     errors = []
     for tokens, depth, width in ((1, 32, 50), (29, 224, 150), (100, 768, 96)):
-        sizes = ((tokens, depth), (width, depth), (width,))
-        x, kernel, bias = (random.normal(size=size).astype(np.float32) for size in sizes)
-        # What the kernels round is given to them rounded.
-        x, kernel = (y.astype(dtype) for y in (x, kernel / np.float32(depth**0.5)))
-        x = x.astype(np.float32)
+        x, kernel, bias = product(dtype, tokens, depth, width)
         wanted = exact_gelu(jnp.asarray(x.astype(np.float64) @ kernel.T.astype(np.float64) + bias, jnp.float32))
         (got,) = jax.jit(lambda *y: cpu_kernels.products(y[0][None], [(y[1], y[2])], "gelu"))(x, kernel, bias)
-        errors.append(np.abs(np.asarray(got)[0] - np.asarray(wanted)).max())
-    # The last of them once more, which a second product does no more than round.
-    call = jax.jit(lambda *y: cpu_kernels.feed_forward(y[0][None], (y[1], y[2]), (y[3], None), "gelu"))
-    rounded = call(x, kernel, bias, np.eye(width).astype(dtype))
-    errors.append(np.abs(np.asarray(rounded) - np.asarray(got).astype(dtype).astype(np.float32)).max())
+        errors.append(float(np.abs(np.asarray(got)[0] - np.asarray(wanted)).max()))
+    return errors
+
+
+def wrong_in_norms(dtype: str) -> list[float]:
+    """The same of a `linear_norm` and a `feed_forward`, whose second product only rounds what `products` gives."""
+    tokens, width, eps = 100, 96, 1e-5
+    x, kernel, bias = product(dtype, tokens, width, width)
+    scale, shift = product("float32", 2, width, 1)[0]
+    identity = (jnp.eye(width, dtype=dtype), None)
+
+    def norms(x: jax.Array, up: cpu_kernels.Product) -> tuple[jax.Array, ...]:
+        (inner,) = cpu_kernels.products(x, [up], "gelu")
+        norm = (jnp.asarray(scale), jnp.asarray(shift), eps)
+        layer = cpu_kernels.feed_forward(x, up, identity, "gelu", norm)
+        return inner, cpu_kernels.linear_norm(inner, identity, x, norm), layer
+
+    inner, *both = jax.jit(norms)(x[None], (kernel, bias))
+    total = x.astype(np.float64) + np.asarray(inner)[0].astype(dtype).astype(np.float64)
+    centred = total - total.mean(axis=1, keepdims=True)
+    wanted = centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + eps) * scale + shift
+    return [float(np.abs(np.asarray(got)[0] - wanted).max()) for got in both]
+
+
+def wrong_in_attention(dtype: str) -> list[float]:
+    """The same of each row of an `attention`."""
     head = 2 * cpu_kernels.lanes()
     counts = np.array([1, 40, 17], np.int32)
     starts = np.array([0, 1, 41], np.int32)
-    q, k, v = random.normal(size=(3, 1, 60, head)).astype(np.float32)
+    q, k, v = np.random.default_rng(0).normal(size=(3, 1, 60, head)).astype(np.float32)
     scale = head**-0.5
     if dtype == "bfloat16":
         # Scores are whole numbers and weights are powers of two, which rounding leaves as they are.
         q, k, v, scale = np.sign(q), np.sign(k), v.astype(dtype).astype(np.float32), float(np.log(2.0))
     attention = jax.jit(lambda *y: cpu_kernels.attention(*y, head_dim=head, scale=scale, dtype=jnp.dtype(dtype)))
     mixed = np.asarray(attention(q, k, v, starts, counts, counts))[0]
+    errors = []
     for start, count in zip(starts, counts, strict=True):
         row = slice(start, start + count)
         weights = np.exp(q[0, row].astype(np.float64) @ k[0, row].T * scale)
         wanted = weights @ v[0, row] / weights.sum(axis=1, keepdims=True)
-        errors.append(np.abs(mixed[row] - wanted).max())
-    # NaN is no less than anything.
-    worst = float(np.max(errors))
-    if not worst <= ALLOWED:
-        logger.warning("the kernels for CPU are off by %.1e, more than %.1e, and are not used", worst, ALLOWED)
-        return False
-    return True
+        errors.append(float(np.abs(mixed[row] - wanted).max()))
+    return errors
+
+
+def product(dtype: str, tokens: int, depth: int, width: int) -> tuple[Numbers, Numbers, Numbers]:
+    """x, kernel and bias of a product, of which what the kernels round is rounded, with results around 1."""
+    random = np.random.default_rng(0)
+    sizes = ((tokens, depth), (width, depth), (width,))
+    x, kernel, bias = (random.normal(size=size).astype(np.float32) for size in sizes)
+    x, kernel = (y.astype(dtype) for y in (x, kernel / np.float32(depth**0.5)))
+    return x.astype(np.float32), kernel, bias
 
 
 def worth(dtype: str) -> int:
@@ -160,7 +194,7 @@ def worth(dtype: str) -> int:
     depth, width = SIZE
     up, down = ((jnp.full(size, 0.01, dtype), jnp.zeros(size[0])) for size in ((width, depth), (depth, width)))
     # So many that their kernels are not all in a cache, as a model's are not.
-    layers = [jax.tree.map(jnp.copy, (up, down)) for _ in range(4)]
+    layers = [jax.tree.map(jnp.copy, (up, down, jnp.ones(depth))) for _ in range(4)]
     best = 0
     for tokens in TIMED:
         x = np.ones((1, tokens, depth), np.float32)
@@ -178,19 +212,23 @@ def worth(dtype: str) -> int:
     return best
 
 
-Layer = tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-"""The two matrices of a feed-forward, each with a bias."""
+Layer = tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array], jax.Array]
+"""The two matrices of a feed-forward, each with a bias, and the scale of the norm that follows."""
+
+EPS = 1e-12
 
 
 def ours(x: jax.Array, layer: Layer) -> jax.Array:
     """A feed-forward by `cpu_kernels`."""
-    return cpu_kernels.feed_forward(x, *layer, "gelu")
+    up, down, scale = layer
+    return cpu_kernels.feed_forward(x, up, down, "gelu", (scale, None, EPS))
 
 
 def theirs(x: jax.Array, layer: Layer) -> jax.Array:
     """The same as XLA compiles it."""
-    (up, up_bias), (down, down_bias) = layer
-    return linear(exact_gelu(linear(x, up) + up_bias), down) + down_bias
+    (up, up_bias), (down, down_bias), scale = layer
+    y = x + linear(exact_gelu(linear(x, up) + up_bias), down) + down_bias
+    return layer_norm(y, scale, None, EPS)
 
 
 def compiled(layer: Callable[[jax.Array, Layer], jax.Array], x: Any, layers: list[Layer]) -> Any:

@@ -24,7 +24,9 @@ __all__ = [
     "RMSNorm",
     "activation",
     "feed_forward",
+    "layer_norm",
     "linear",
+    "linear_norm",
     "linears",
     "matmul",
     "parameter",
@@ -135,13 +137,6 @@ def linears(
     return results if act is None else tuple(map(activation(act), results))
 
 
-def feed_forward(x: Float[Array, "B T In"], up: Linear, down: Linear, act: str) -> Float[Array, "B T Out"]:
-    """down(act(up(x))); up to `Kernels.cpu_tokens` tokens by one of `cpu_kernels`, if it has that activation."""
-    if act in cpu_kernels.ACTIVATIONS and by_cpu_kernels(x, [up, down]):
-        return cpu_kernels.feed_forward(x, up.matrix, down.matrix, act)
-    return down(up(x, act))
-
-
 def by_cpu_kernels(x: Float[Array, "B T In"], layers: Sequence[Linear]) -> bool:
     """Whether so many tokens are left to `cpu_kernels`, and they take the kernels of these layers, all in one dtype."""
     there = available()
@@ -177,11 +172,39 @@ class LayerNorm(nnx.Module):
         self.bias = parameter((size,), ("embed",)) if bias else None
         self.eps = eps
 
+    @property
+    def numbers(self) -> cpu_kernels.Norm:
+        """Scale, bias and eps."""
+        return self.scale[...], None if self.bias is None else self.bias[...], self.eps
+
     def __call__(self, x: Float[Array, "*shape D"]) -> Float[Array, "*shape D"]:
-        centred = x - jnp.mean(x, axis=-1, keepdims=True)
-        variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
-        y = centred * jax.lax.rsqrt(variance + self.eps) * spread(self.scale[...], x.ndim)
-        return y if self.bias is None else y + spread(self.bias[...], x.ndim)
+        return layer_norm(x, *self.numbers)
+
+
+def layer_norm(
+    x: Float[Array, "*shape D"], scale: Float[Array, " D"], bias: Float[Array, " D"] | None, eps: float
+) -> Float[Array, "*shape D"]:
+    """(x - mean) / sqrt(variance + eps) * scale + bias over the last axis."""
+    centred = x - jnp.mean(x, axis=-1, keepdims=True)
+    variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
+    y = centred * jax.lax.rsqrt(variance + eps) * spread(scale, x.ndim)
+    return y if bias is None else y + spread(bias, x.ndim)
+
+
+def linear_norm(
+    x: Float[Array, "B T In"], layer: Linear, residual: Float[Array, "B T Out"], norm: LayerNorm
+) -> Float[Array, "B T Out"]:
+    """norm(residual + layer(x)); up to `Kernels.cpu_tokens` tokens by one of `cpu_kernels`."""
+    if by_cpu_kernels(x, [layer]):
+        return cpu_kernels.linear_norm(x, layer.matrix, residual, norm.numbers)
+    return norm(residual + layer(x))
+
+
+def feed_forward(x: Float[Array, "B T D"], up: Linear, act: str, down: Linear, norm: LayerNorm) -> Float[Array, "B T D"]:
+    """norm(x + down(act(up(x)))); up to `Kernels.cpu_tokens` tokens by one of `cpu_kernels`, if it has that activation."""
+    if act in cpu_kernels.ACTIVATIONS and by_cpu_kernels(x, [up, down]):
+        return cpu_kernels.feed_forward(x, up.matrix, down.matrix, act, norm.numbers)
+    return linear_norm(up(x, act), down, x, norm)
 
 
 class RMSNorm(nnx.Module):

@@ -23,6 +23,8 @@ class ByAmx {
  public:
   explicit ByAmx(size_t M) : tokens_(M), tiles_((M + SIDE - 1) / SIDE) {}
 
+  size_t tokens() const { return tokens_; }
+
   size_t room(size_t K) const { return tiles_ * SIDE * K / 2; }
 
   void fill(const float* x, size_t K, float* tiles) const {

@@ -22,6 +22,8 @@ class ByVectors {
         vectors_((M + LANES - 1) / LANES),
         count_(std::max(vectors_ / 3, (vectors_ + MOST - 1) / MOST)) {}
 
+  size_t tokens() const { return tokens_; }
+
   // Numbers that they have in panels.
   size_t room(size_t K) const { return vectors_ * LANES * K; }
 

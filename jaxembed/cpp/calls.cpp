@@ -9,6 +9,7 @@
 #include "crew.h"
 #include "linear.h"
 #include "matrix.h"
+#include "norm.h"
 #include "vectors.h"
 #include "xla/ffi/api/c_api.h"
 
@@ -45,6 +46,12 @@ Matrix matrix(const XLA_FFI_CallFrame* frame, int64_t i, float* y) {
   return {kernel.data, bias.dims[0] ? floats(bias) : nullptr, y, size_t(kernel.dims[0])};
 }
 
+// The norm whose scale and bias are the i-th argument and the next.
+Norm norm(const XLA_FFI_CallFrame* frame, int64_t i, float eps) {
+  const XLA_FFI_Buffer& bias = argument(frame, i + 1);
+  return {floats(argument(frame, i)), bias.dims[0] ? floats(bias) : nullptr, eps};
+}
+
 // Whether kernels are in bfloat16; all of a call are of one kind.
 bool in_half(const XLA_FFI_CallFrame* frame) { return argument(frame, 1).dtype == XLA_FFI_DataType_BF16; }
 
@@ -74,14 +81,27 @@ extern "C" XLA_FFI_Error* jaxembed_linear(XLA_FFI_CallFrame* frame) {
   return nullptr;
 }
 
-// x [..., K], then kernel [F, K] and bias [F] or [0], kernel [N, F] and bias [N] or [0] -> y [..., N], room.
-// Attribute: activation, between the two.
+// x [..., K], kernel [N, K], bias [N] or [0], residual [..., N], scale [N], the norm's bias [N] or [0] -> y [..., N], room.
+// Attribute: eps.
+extern "C" XLA_FFI_Error* jaxembed_linear_norm(XLA_FFI_CallFrame* frame) {
+  if (asked(frame)) return nullptr;
+  const XLA_FFI_Buffer& x = argument(frame, 0);
+  with_way(tokens_of(x), in_half(frame), [&](auto way) {
+    linear_norm(way, floats(x), width_of(x), matrix(frame, 0, result(frame, 0)), floats(argument(frame, 3)),
+                norm(frame, 4, attribute<float>(frame, 0)), result(frame, 1));
+  });
+  return nullptr;
+}
+
+// x [..., N], then kernel [F, N] and bias [F] or [0], kernel [N, F] and bias [N] or [0], scale [N], the norm's bias [N] or [0]
+// -> y [..., N], room. Attributes: activation, between the two; eps.
 extern "C" XLA_FFI_Error* jaxembed_feed_forward(XLA_FFI_CallFrame* frame) {
   if (asked(frame)) return nullptr;
   const XLA_FFI_Buffer& x = argument(frame, 0);
   const Matrix up = matrix(frame, 0, nullptr), down = matrix(frame, 1, result(frame, 0));
   with_way(tokens_of(x), in_half(frame), [&](auto way) {
-    feed_forward(way, floats(x), width_of(x), up, Activation(attribute<int32_t>(frame, 0)), down, result(frame, 1));
+    feed_forward(way, floats(x), up, Activation(attribute<int32_t>(frame, 0)), down,
+                 norm(frame, 5, attribute<float>(frame, 1)), result(frame, 1));
   });
   return nullptr;
 }

@@ -8,6 +8,7 @@
 #include "by_amx.h"
 #include "by_vectors.h"
 #include "matrix.h"
+#include "norm.h"
 
 namespace jaxembed {
 
@@ -31,15 +32,24 @@ void linear(const Way& way, const float* x, size_t K, const std::vector<Matrix>&
   way.multiply(room, K, matrices, [&](const Part& part) { put(part, activation); });
 }
 
-// y of `down` = activation(x up^T + its bias) down^T + its bias. What is between never lies token by token. `room` is for
-// that and for x.
+// y of the matrix = norm(residual + x kernel^T + bias). `room` is for x.
 template <class Way>
-void feed_forward(const Way& way, const float* x, size_t K, const Matrix& up, Activation activation, const Matrix& down,
-                  float* room) {
-  float* inner = room + way.room(K);
-  way.fill(x, K, room);
-  way.multiply(room, K, {up}, [&](const Part& part) { way.keep(part, activation, inner); });
+void linear_norm(const Way& way, const float* x, size_t K, const Matrix& matrix, const float* residual, const Norm& norm,
+                 float* room) {
+  linear(way, x, K, {matrix}, NONE, room);
+  add_norms(residual, norm, way.tokens(), matrix.N, matrix.y);
+}
+
+// y of `down` = norm(x + activation(x up^T + its bias) down^T + its bias). What is between never lies token by token. `room`
+// is for that and for x.
+template <class Way>
+void feed_forward(const Way& way, const float* x, const Matrix& up, Activation activation, const Matrix& down,
+                  const Norm& norm, float* room) {
+  float* inner = room + way.room(down.N);
+  way.fill(x, down.N, room);
+  way.multiply(room, down.N, {up}, [&](const Part& part) { way.keep(part, activation, inner); });
   way.multiply(inner, up.N, {down}, [&](const Part& part) { put(part, NONE); });
+  add_norms(x, norm, way.tokens(), down.N, down.y);
 }
 
 // call(way) for M tokens with kernels in float32 or, where `takes_half` says so, in bfloat16.

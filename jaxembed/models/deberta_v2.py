@@ -22,7 +22,17 @@ from jaxembed.blocks import linear_weights, norm_weights
 from jaxembed.configs import check_heads, read_fields
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.heads import classifier_head, masked_lm_head
-from jaxembed.layers import Embedding, LayerNorm, Linear, activation, feed_forward, matmul, parameter
+from jaxembed.layers import (
+    Embedding,
+    LayerNorm,
+    Linear,
+    activation,
+    feed_forward,
+    linear_norm,
+    linears,
+    matmul,
+    parameter,
+)
 from jaxembed.plain_attention import split_heads
 from jaxembed.relative import distances, skew
 from jaxembed.tokens import Rows, Tokens
@@ -264,22 +274,22 @@ class Layer(nnx.Module):
         self.dtype = jnp.dtype(dtype)
 
     def __call__(self, x: Float[Array, "L M D"], rows: Rows, relative: Relative | None) -> Float[Array, "L M D"]:
-        query, key = self.query(x), self.key(x)
+        query, key, value = linears(x, [self.query, self.key, self.value])
         bias = None
         if relative is not None and self.kinds:
             bias = self.bias(rows.apart(query), rows.apart(key), relative)
         mixed = attention(
             query,
             key,
-            self.value(x),
+            value,
             rows,
             num_heads=self.num_heads,
             dtype=self.dtype,
             scale=self.scale,
             bias=bias,
         )
-        x = self.attention_norm(x + self.output(mixed))
-        return self.output_norm(x + feed_forward(x, self.up, self.down, self.act))
+        x = linear_norm(mixed, self.output, x, self.attention_norm)
+        return feed_forward(x, self.up, self.act, self.down, self.output_norm)
 
     def bias(
         self, query: Float[Array, "B T ND"], key: Float[Array, "B T ND"], relative: Relative

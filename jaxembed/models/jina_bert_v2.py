@@ -22,7 +22,7 @@ from jaxembed.blocks import BertConfig, PostNormLayer, bert_layer_weights, linea
 from jaxembed.configs import check_heads, read_fields
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.gated import GatedLayer, GatedMLP, WordEmbeddings
-from jaxembed.layers import LayerNorm, activation
+from jaxembed.layers import LayerNorm, activation, linear_norm, linears
 from jaxembed.rotary import Turn
 from jaxembed.tokens import Rows, Tokens
 
@@ -99,10 +99,11 @@ class QKNormLayer(GatedLayer):
         turn: Turn | None,
         bias: Float[Array, "_ N T T"] | None,
     ) -> Float[Array, "L M D"]:
-        """What attention adds to x; `turn` is not for this model."""
-        query, key = self.query_norm(self.query(x)), self.key_norm(self.key(x))
-        mixed = attention(query, key, self.value(x), rows, num_heads=self.num_heads, dtype=self.dtype, bias=bias)
-        return self.inner_norm(x + self.output(mixed))
+        """x with what attention adds, normalised; `turn` is not for this model."""
+        query, key, value = linears(x, [self.query, self.key, self.value])
+        query, key = self.query_norm(query), self.key_norm(key)
+        mixed = attention(query, key, value, rows, num_heads=self.num_heads, dtype=self.dtype, bias=bias)
+        return self.attention_norm(x + linear_norm(mixed, self.output, x, self.inner_norm))
 
 
 def make_layer(config: Config, dtype: str) -> PostNormLayer | GatedLayer:

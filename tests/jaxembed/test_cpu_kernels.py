@@ -21,7 +21,7 @@ from transformers import DistilBertConfig, DistilBertModel, MPNetConfig, MPNetMo
 from jaxembed import Bucket, Embedder, Ladder, cpu_kernels, kernel_choice, make_mesh
 from jaxembed.kernel_choice import kernels_on
 from jaxembed.kernels import Kernels, right_padded
-from jaxembed.layers import FLOAT32, Linear, exact_gelu, feed_forward, linears
+from jaxembed.layers import FLOAT32, LayerNorm, Linear, exact_gelu, feed_forward, linears
 from jaxembed.tokens import Rows
 
 Record = Callable[[str, object], None]
@@ -95,37 +95,77 @@ def test_what_they_take() -> None:
     assert not cpu_kernels.takes(jnp.dtype("float16"), 384)
 
 
-def check_feed_forward(sizes: tuple[int, int, int], act: str | None, dtype: str) -> None:
-    """To the last bit what two products give."""
-    depth, inner, width = sizes
-    first, second = normal(inner, depth, seed=1) / np.float32(depth**0.5), normal(width, inner, seed=2)
-    kernels = (first.astype(dtype), second.astype(dtype))
-    inputs = [normal(1, tokens, depth, seed=tokens) for tokens in (1, 9, 16, 33, 100, 257)]
+def check_linear_norm(size: tuple[int, int], dtype: str) -> None:
+    """A product's sum with the residual, as the formula of LayerNorm; with biases and without."""
+    depth, width = size
+    kernel = (normal(width, depth, seed=1000) / np.float32(depth**0.5)).astype(dtype)
+    bias, scale, shift = normal(3, width, seed=1)
+    inputs = [(normal(1, tokens, depth, seed=tokens), normal(1, tokens, width)) for tokens in (1, 9, 16, 33, 100, 257)]
 
     @jax.jit
-    def call(inputs: list[jax.Array], up: jax.Array, down: jax.Array, *biases: jax.Array) -> list[list[jax.Array]]:
+    def call(inputs: list[tuple[jax.Array, jax.Array]], *given: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+        kernel, bias, scale, shift = given
+        return [
+            (
+                cpu_kernels.linear_norm(x, (kernel, bias), residual, (scale, shift, 1e-3)),
+                cpu_kernels.linear_norm(x, (kernel, None), residual, (scale, None, 1e-3)),
+            )
+            for x, residual in inputs
+        ]
+
+    for (x, residual), got in zip(inputs, call(inputs, kernel, bias, scale, shift), strict=True):
+        plain = residual + x.astype(dtype).astype(np.float64) @ kernel.astype(np.float64).T
+        for one, total, added in zip(got, (plain + bias, plain), (shift, 0.0), strict=True):
+            centred = total - total.mean(axis=-1, keepdims=True)
+            wanted = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-3) * scale + added
+            # A product's error is scaled too; of few features the variance may be near 0, and the sum divided by that.
+            atol = (1e-6 + 2.5e-7 * depth**0.5) * np.abs(scale).max()
+            np.testing.assert_allclose(one, wanted, atol=atol, rtol=5e-5 if width < 8 else 0)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 3), (100, 50), (384, 384), (96, 131), (40, 1000)])
+def test_linear_norm(size: tuple[int, int]) -> None:
+    """Widths that are whole vectors and such that are not."""
+    check_linear_norm(size, "float32")
+
+
+@pytest.mark.parametrize("size", [(32, 3), (64, 50), (384, 384)])
+@pytest.mark.usefixtures("half")
+def test_linear_norm_in_bfloat16(size: tuple[int, int]) -> None:
+    check_linear_norm(size, "bfloat16")
+
+
+def check_feed_forward(inner: int, width: int, act: str | None, dtype: str) -> None:
+    """To the last bit what a product and a `linear_norm` give."""
+    first, second = normal(inner, width, seed=1) / np.float32(width**0.5), normal(width, inner, seed=2)
+    kernels = (first.astype(dtype), second.astype(dtype))
+    inputs = [normal(1, tokens, width, seed=tokens) for tokens in (1, 9, 16, 33, 100, 257)]
+
+    @jax.jit
+    def call(inputs: list[jax.Array], up: jax.Array, down: jax.Array, *given: jax.Array) -> list[list[jax.Array]]:
         results = []
         for x in inputs:
-            for bias in ((biases[0], biases[1]), (None, None)):
-                (between,) = cpu_kernels.products(x, [(up, bias[0])], act)
-                (wanted,) = cpu_kernels.products(between, [(down, bias[1])])
-                results.append([cpu_kernels.feed_forward(x, (up, bias[0]), (down, bias[1]), act), wanted])
+            for bias, last, shift in (given[:3], (None, None, None)):
+                norm = (given[3], shift, 1e-5)
+                (between,) = cpu_kernels.products(x, [(up, bias)], act)
+                wanted = cpu_kernels.linear_norm(between, (down, last), x, norm)
+                results.append([cpu_kernels.feed_forward(x, (up, bias), (down, last), act, norm), wanted])
         return results
 
-    for got, wanted in call(inputs, *kernels, normal(inner), normal(width)):
+    for got, wanted in call(inputs, *kernels, normal(inner), *normal(3, width)):
         np.testing.assert_array_equal(got, wanted)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (5, 3, 2), (64, 100, 50), (384, 1536, 384)])
+@pytest.mark.parametrize(("inner", "width"), [(1, 1), (3, 5), (100, 50), (1536, 384)])
 @pytest.mark.parametrize("act", [None, "gelu"])
-def test_feed_forward(sizes: tuple[int, int, int], act: str | None) -> None:
-    check_feed_forward(sizes, act, "float32")
+def test_feed_forward(inner: int, width: int, act: str | None) -> None:
+    check_feed_forward(inner, width, act, "float32")
 
 
-@pytest.mark.parametrize("sizes", [(32, 32, 1), (64, 96, 50), (384, 1536, 384)])
+@pytest.mark.parametrize(("inner", "width"), [(32, 32), (96, 64), (1536, 384)])
 @pytest.mark.usefixtures("half")
-def test_feed_forward_in_bfloat16(sizes: tuple[int, int, int]) -> None:
-    check_feed_forward(sizes, "gelu", "bfloat16")
+def test_feed_forward_in_bfloat16(inner: int, width: int) -> None:
+    check_feed_forward(inner, width, "gelu", "bfloat16")
 
 
 def test_gelu_far_from_zero() -> None:
@@ -225,14 +265,14 @@ def test_many_callers_at_a_time() -> None:
 
 def test_layers_use_them_up_to_a_number_of_tokens() -> None:
     """And never outside of what is compiled for a batch, where there may be gradients."""
-    layer = Linear((HEAD, HEAD), ("embed", "heads"), "float32")
+    layer, norm = Linear((HEAD, HEAD), ("embed", "heads"), "float32"), LayerNorm(HEAD, 1e-5)
     mesh = make_mesh(jax.devices()[:1])
 
     def single(x: jax.Array, act: str) -> jax.Array:
         return linears(x, [layer], act)[0]
 
     def double(x: jax.Array, act: str) -> jax.Array:
-        return feed_forward(x, layer, layer, act)
+        return feed_forward(x, layer, act, layer, norm)
 
     def used(tokens: int, kernels: Kernels | None, act: str = "gelu", call: Callable[..., Any] = single) -> list[str]:
         with nullcontext() if kernels is None else right_padded(kernels):
@@ -242,7 +282,7 @@ def test_layers_use_them_up_to_a_number_of_tokens() -> None:
     some = Kernels(mesh, cpu_tokens=20)
     assert used(20, some) == used(20, some, "relu") == ["jaxembed_linear"]
     assert used(20, some, call=double) == ["jaxembed_feed_forward"]
-    assert used(20, some, "relu", double) == ["jaxembed_linear"]
+    assert used(20, some, "relu", double) == ["jaxembed_linear", "jaxembed_linear_norm"]
     for call in (single, double):
         assert not used(21, some, call=call)
         assert not used(1, Kernels(mesh), call=call)
@@ -255,7 +295,7 @@ def test_layers_that_they_do_not_take() -> None:
     even = Linear((HEAD, HEAD + 8), ("embed", "heads"), "bfloat16")
     with right_padded(Kernels(make_mesh(jax.devices()[:1]), cpu_tokens=20)):
         single = jax.jit(lambda x: linears(x, [odd])).lower(normal(1, 4, HEAD + 8)).as_text()
-        double = jax.jit(lambda x: feed_forward(x, even, odd, "gelu")).lower(normal(1, 4, HEAD)).as_text()
+        double = jax.jit(lambda x: feed_forward(x, even, "gelu", odd, LayerNorm(HEAD, 1e-5))).lower(normal(1, 4, HEAD)).as_text()
     assert "jaxembed_linear" not in single
     assert "jaxembed_feed_forward" not in double
 
