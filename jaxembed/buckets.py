@@ -1,10 +1,12 @@
 """The ladder of compiled shapes: smallest fit, and planning a queue into batches. Knows no text and no device."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from jaxembed.cost import Cost
 from jaxembed.errors import BucketError
@@ -26,6 +28,12 @@ STEP = 4
 
 MEAN = 2 / 3
 """Mean length that rows of a flat shape are reckoned to have, in parts of its own, where nothing is known of them."""
+
+GAIN = 0.005
+"""Runs that cost so little more than full batches would are taken as they are."""
+
+SPARE = 0.05
+"""A batch of rows of any length is full with so much room left, in parts of all."""
 
 
 class Plan(NamedTuple):
@@ -74,6 +82,7 @@ class Ladder:
             has several. A single row may be longer.
         max_rows: rows of the tallest shape.
         prices: what batches cost, in tokens of computation; an engine that plans by the ladder puts its own there.
+        fullest: the flat shape whose tokens cost least, which rows of all lengths may fill; None if none is flat.
 
     Raises:
         BucketError: no buckets, one with a size under 1, or a flat one of more tokens than its rows hold.
@@ -105,6 +114,8 @@ class Ladder:
         self._of_length: dict[int, list[tuple[Bucket, float]]] = {}
         for bucket in sorted(self.buckets, key=lambda b: (b.seq_len, b.batch_size)):
             self._of_length.setdefault(bucket.seq_len, []).append((bucket, prices.of(bucket)))
+        flat = (bucket for bucket in self.buckets if bucket.flat)
+        self.fullest = min(flat, key=lambda b: (prices.of(b) / b.flat, -b.seq_len, -b.batch_size), default=None)
 
     @classmethod
     def default(
@@ -203,10 +214,10 @@ class Ladder:
         return found
 
     def plan(self, lengths: Sequence[int]) -> list[Plan]:
-        """Put every item into exactly one batch at the least cost.
+        """Put every item into exactly one batch at the least cost that is found.
 
-        Rows are sorted by length, longest first, and cut into runs; the cheapest cutting is found exactly by
-        dynamic programming over the `prices` of batches, where each takes as many rows as there is room for.
+        Either all in runs of rows sorted by length; or first in batches that rows of any length fill, and what does not
+        fill one in runs.
 
         Args:
             lengths: tokens of each item.
@@ -217,10 +228,26 @@ class Ladder:
         Raises:
             BucketError: an item is longer than the ladder.
         """
-        n = len(lengths)
+        runs = self._in_runs(lengths, range(len(lengths)))
+        full = self.fullest
+        if full is None or sum(lengths) * self.prices.of(full) * (1 + GAIN) >= self._spent(runs) * full.flat:
+            return runs
+        filled, left = filling(full, lengths)
+        return min(runs, [*filled, *self._in_runs(lengths, left)], key=self._spent) if filled else runs
+
+    def _spent(self, plans: Iterable[Plan]) -> float:
+        return sum((self.prices.of(plan.bucket) for plan in plans), 0.0)
+
+    def _in_runs(self, lengths: Sequence[int], items: Sequence[int]) -> list[Plan]:
+        """The cheapest way for some of the items, where rows are sorted by length, longest first, and cut into runs.
+
+        Found exactly by dynamic programming over the `prices` of batches, where each takes as many rows as there is
+        room for.
+        """
+        n = len(items)
         if n == 0:
             return []
-        order = sorted(range(n), key=lengths.__getitem__, reverse=True)
+        order = sorted(items, key=lengths.__getitem__, reverse=True)
         # ends[room][i]: behind the last row that the i-th one and those after it leave room for in so many tokens.
         upto = np.cumsum([0, *(lengths[item] for item in order)])
         ends = {
@@ -256,7 +283,8 @@ class Ladder:
     def first_batch(self, lengths: Sequence[int]) -> Plan:
         """The batch to run next: it holds item 0 and does the most real tokens for its cost.
 
-        For a queue whose other items may still find better company: nothing is said about the rest.
+        Rows nearest in length come first, and after them whatever still fits. For a queue whose other items may find
+        better company: nothing is said about the rest.
 
         Args:
             lengths: tokens of each item, the most urgent first; at least one.
@@ -280,20 +308,69 @@ class Ladder:
             if not all_fit:
                 fits = others <= seq_len
                 all_fit = bool(fits.all())
-                candidates, tokens = nearest[fits], np.cumsum(others[fits])
-                most = first + int(tokens[-1]) if len(tokens) else first
+                candidates, fitting = nearest[fits], others[fits]
+                most = first + int(fitting.sum())
             for bucket, cost in buckets:
                 # It cannot do more than all there is, or than it holds.
                 if min(most, bucket.tokens) / cost < best[0]:
                     continue
-                count = min(bucket.batch_size - 1, len(candidates))
-                if bucket.flat:
-                    count = min(count, int(np.searchsorted(tokens, bucket.flat - first, side="right")))
-                real = first + int(tokens[count - 1]) if count else first
-                rate = (real / cost, -bucket.tokens)
+                # In a padded shape each has a place of its own.
+                taken = taking(fitting, bucket.batch_size - 1, bucket.flat - first if bucket.flat else most)
+                rate = ((first + int(fitting[taken].sum())) / cost, -bucket.tokens)
                 if rate > best:
-                    best, chosen, company = rate, bucket, candidates[:count]
+                    best, chosen, company = rate, bucket, candidates[taken]
         return Plan(chosen, (0, *(1 + company).tolist()))
 
     def _too_long(self, length: int) -> BucketError:
         return BucketError(f"a sequence of {length} tokens fits no bucket of the ladder {self}")
+
+
+def filling(bucket: Bucket, lengths: Sequence[int]) -> tuple[list[Plan], list[int]]:
+    """Batches of a flat shape that rows of any length fill, and the items that are in none of them.
+
+    Each takes the longest row that is left and then, as long as there is room, the longest that fits: first-fit
+    decreasing (https://doi.org/10.1137/0203025).
+
+    Args:
+        bucket: the shape.
+        lengths: tokens of each item.
+    """
+    waiting: dict[int, list[int]] = {}
+    plans, left = [], []
+    for item, length in enumerate(lengths):
+        (waiting.setdefault(length, []) if length <= bucket.seq_len else left).append(item)
+    there = sorted(waiting)
+    while there:
+        items: list[int] = []
+        room = bucket.flat
+        while there and there[0] <= room and len(items) < bucket.batch_size:
+            place = bisect_right(there, room) - 1
+            length, same = there[place], waiting[there[place]]
+            count = min(len(same), bucket.batch_size - len(items), room // length if length else len(same))
+            items += (same.pop() for _ in range(count))
+            room -= count * length
+            if not same:
+                del there[place]
+        if room <= SPARE * bucket.flat:
+            plans.append(Plan(bucket, tuple(items)))
+        else:
+            left += items
+    return plans, left
+
+
+def taking(lengths: npt.NDArray[np.int64], rows: int, room: int) -> npt.NDArray[np.int64]:
+    """Places of up to so many rows, one after the other, each of which the room that those before leave still takes."""
+    taken: list[int] = []
+    start = 0
+    while start < len(lengths) and len(taken) < rows:
+        upto = np.cumsum(lengths[start : start + rows - len(taken)])
+        count = int(np.searchsorted(upto, room, side="right"))
+        taken += range(start, start + count)
+        start += count
+        room -= int(upto[count - 1]) if count else 0
+        # On to the next that fits, if there is one.
+        fits = lengths[start:] <= room
+        if not fits.any():
+            break
+        start += int(fits.argmax())
+    return np.array(taken, np.int64)

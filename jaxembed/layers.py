@@ -200,8 +200,10 @@ def linear_norm(
     return norm(residual + layer(x))
 
 
-def feed_forward(x: Float[Array, "B T D"], up: Linear, act: str, down: Linear, norm: LayerNorm) -> Float[Array, "B T D"]:
-    """norm(x + down(act(up(x)))); up to `Kernels.cpu_tokens` tokens by one of `cpu_kernels`, if it has that activation."""
+def feed_forward(
+    x: Float[Array, "B T D"], up: Linear, act: str, down: Linear, norm: LayerNorm
+) -> Float[Array, "B T D"]:
+    """norm(x + down(act(up(x)))); likewise by one of `cpu_kernels`, if it has that activation."""
     if act in cpu_kernels.ACTIVATIONS and by_cpu_kernels(x, [up, down]):
         return cpu_kernels.feed_forward(x, up.matrix, down.matrix, act, norm.numbers)
     return linear_norm(up(x, act), down, x, norm)

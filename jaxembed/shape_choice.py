@@ -250,7 +250,9 @@ def fewer(
         if all(one.seq_len < ladder.max_length for one in left):
             continue
         rest = ladder.having(left)
-        changed = {group: planned(rest, group, seconds) for group, one in now.items() if bucket in one.buckets}
+        # Without it, groups that have no batch of it may fill another shape.
+        every = bucket == ladder.fullest
+        changed = {group: planned(rest, group, seconds) for group, one in now.items() if every or bucket in one.buckets}
         saving = sum(weights[group] * (one.seconds - now[group].seconds) for group, one in changed.items())
         if saving > PRICE or (queue and saving > queue[0][0]):
             heapq.heappush(queue, (saving, steps, bucket))

@@ -295,7 +295,11 @@ def test_layers_that_they_do_not_take() -> None:
     even = Linear((HEAD, HEAD + 8), ("embed", "heads"), "bfloat16")
     with right_padded(Kernels(make_mesh(jax.devices()[:1]), cpu_tokens=20)):
         single = jax.jit(lambda x: linears(x, [odd])).lower(normal(1, 4, HEAD + 8)).as_text()
-        double = jax.jit(lambda x: feed_forward(x, even, "gelu", odd, LayerNorm(HEAD, 1e-5))).lower(normal(1, 4, HEAD)).as_text()
+        double = (
+            jax.jit(lambda x: feed_forward(x, even, "gelu", odd, LayerNorm(HEAD, 1e-5)))
+            .lower(normal(1, 4, HEAD))
+            .as_text()
+        )
     assert "jaxembed_linear" not in single
     assert "jaxembed_feed_forward" not in double
 
