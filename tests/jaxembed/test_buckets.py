@@ -96,7 +96,7 @@ def test_a_plan_is_the_cheapest_there_is(queue: tuple[list[Bucket], list[int]]) 
 
 @given(queues(most=10))
 def test_no_cutting_into_runs_is_cheaper(queue: tuple[list[Bucket], list[int]]) -> None:
-    """Of padded shapes: equal in cost to the best cutting of the rows in the order of their lengths; of any, at most."""
+    """Of padded shapes: as dear as the best cutting of the rows in the order of their lengths; of any, no dearer."""
     ladder, lengths = Ladder(queue[0]), sorted(queue[1], reverse=True)
     best = [0.0] * (len(lengths) + 1)
     for i in range(len(lengths) - 1, -1, -1):
