@@ -111,9 +111,7 @@ class Ladder:
     def prices(self, prices: Cost) -> None:
         self._prices = prices
         self._by_length: dict[int, tuple[Bucket, ...]] = {}
-        self._of_length: dict[int, list[tuple[Bucket, float]]] = {}
-        for bucket in sorted(self.buckets, key=lambda b: (b.seq_len, b.batch_size)):
-            self._of_length.setdefault(bucket.seq_len, []).append((bucket, prices.of(bucket)))
+        self._costs = [(bucket, prices.of(bucket)) for bucket in self.buckets]
         flat = (bucket for bucket in self.buckets if bucket.flat)
         self.fullest = min(flat, key=lambda b: (prices.of(b) / b.flat, -b.seq_len, -b.batch_size), default=None)
 
@@ -299,26 +297,31 @@ class Ladder:
         # The nearest in length pad the least together, and leave the others to better company.
         nearest = np.argsort(np.abs(others - first), kind="stable")
         others = others[nearest]
+        total = first + int(others.sum())
+        # No shape does more than all there is, or than it holds.
+        options = [(min(total, b.tokens) / cost, -b.seq_len, b, cost) for b, cost in self._costs if b.seq_len >= first]
+        candidates: dict[int, tuple[npt.NDArray[np.int64], ...]] = {}
         best = (-1.0, 0)
         chosen, company = self.buckets[0], nearest
-        all_fit = False
-        for seq_len, buckets in self._of_length.items():
-            if seq_len < first:
-                continue
-            if not all_fit:
-                fits = others <= seq_len
-                all_fit = bool(fits.all())
-                candidates, fitting = nearest[fits], others[fits]
-                most = first + int(fitting.sum())
-            for bucket, cost in buckets:
-                # It cannot do more than all there is, or than it holds.
-                if min(most, bucket.tokens) / cost < best[0]:
-                    continue
-                # In a padded shape each has a place of its own.
-                taken = taking(fitting, bucket.batch_size - 1, bucket.flat - first if bucket.flat else most)
-                rate = ((first + int(fitting[taken].sum())) / cost, -bucket.tokens)
-                if rate > best:
-                    best, chosen, company = rate, bucket, candidates[taken]
+        for most, _, bucket, cost in sorted(options, reverse=True):
+            if most < best[0]:
+                break
+            if bucket.seq_len not in candidates:
+                fits = others <= bucket.seq_len
+                candidates[bucket.seq_len] = nearest[fits], others[fits], np.cumsum(others[fits])
+            items, fitting, upto = candidates[bucket.seq_len]
+            rows = min(bucket.batch_size - 1, len(items))
+            # In a padded shape each has a place of its own.
+            count = min(rows, int(upto.searchsorted(bucket.flat - first, side="right"))) if bucket.flat else rows
+            real = first + int(upto[count - 1]) if count else first
+            taken = items[:count]
+            if count < rows:
+                more = taking(fitting[count:].tolist(), rows - count, bucket.flat - real)
+                real += int(fitting[count:][more].sum())
+                taken = np.concatenate([taken, items[count:][more]])
+            rate = (real / cost, -bucket.tokens)
+            if rate > best:
+                best, chosen, company = rate, bucket, taken
         return Plan(chosen, (0, *(1 + company).tolist()))
 
     def _too_long(self, length: int) -> BucketError:
@@ -336,7 +339,8 @@ def filling(bucket: Bucket, lengths: Sequence[int]) -> tuple[list[Plan], list[in
         lengths: tokens of each item.
     """
     waiting: dict[int, list[int]] = {}
-    plans, left = [], []
+    plans: list[Plan] = []
+    left: list[int] = []
     for item, length in enumerate(lengths):
         (waiting.setdefault(length, []) if length <= bucket.seq_len else left).append(item)
     there = sorted(waiting)
@@ -358,19 +362,13 @@ def filling(bucket: Bucket, lengths: Sequence[int]) -> tuple[list[Plan], list[in
     return plans, left
 
 
-def taking(lengths: npt.NDArray[np.int64], rows: int, room: int) -> npt.NDArray[np.int64]:
+def taking(lengths: Iterable[int], rows: int, room: int) -> list[int]:
     """Places of up to so many rows, one after the other, each of which the room that those before leave still takes."""
-    taken: list[int] = []
-    start = 0
-    while start < len(lengths) and len(taken) < rows:
-        upto = np.cumsum(lengths[start : start + rows - len(taken)])
-        count = int(np.searchsorted(upto, room, side="right"))
-        taken += range(start, start + count)
-        start += count
-        room -= int(upto[count - 1]) if count else 0
-        # On to the next that fits, if there is one.
-        fits = lengths[start:] <= room
-        if not fits.any():
-            break
-        start += int(fits.argmax())
-    return np.array(taken, np.int64)
+    taken = []
+    for place, length in enumerate(lengths):
+        if length <= room:
+            taken.append(place)
+            room -= length
+            if len(taken) == rows or room == 0:
+                break
+    return taken
