@@ -1,5 +1,6 @@
 """Which kernels are used on a CPU: only ones that were built, are right, and pay; and that is found out once."""
 
+import itertools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -139,6 +140,44 @@ def test_right_looks_at_all(wrong: str, monkeypatch: pytest.MonkeyPatch, caplog:
         monkeypatch.setattr(cpu_kernels, wrong, lambda *a, f=factor, **b: jax.tree.map(lambda y: y * f, true(*a, **b)))
         assert not kernel_choice.right("float32")
         assert "and are not used" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize(
+    ("ratios", "best"),
+    [
+        ([0.7, 0.7, 0.9], 512),
+        ([1.2, 1.3, 0.7, 1.2, 0.8, 1.1, 1.2, 1.05], 512),
+        ([0.7, 0.7, 1.2, 1.2, 1.1], 128),
+        ([1.06, 1.06, 1.06], 0),
+    ],
+)
+@pytest.mark.usefixtures("library")
+def test_refused_only_if_slower_again_and_again(
+    ratios: list[float], best: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In three tries of a number of tokens; larger ones are not asked for then."""
+    left = iter(ratios)
+    monkeypatch.setattr(kernel_choice, "compared", lambda *_: next(left))
+    assert kernel_choice.worth("float32") == best
+    assert next(left, None) is None
+
+
+def test_two_are_compared_in_turns() -> None:
+    """By the median of the rounds: a round that was held up says nothing."""
+    now = itertools.count()
+    slept = []
+
+    def taking(seconds: float, held_up: float) -> Callable[..., None]:
+        def call(*_: Any) -> None:
+            slept.append(held_up if next(now) % 10 < 2 else seconds)
+
+        return call
+
+    clock = iter(lambda: sum(slept), None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel_choice.time, "perf_counter", lambda: next(clock))
+        assert kernel_choice.compared([taking(1.0, 50.0), taking(2.0, 2.0)], None, []) == 0.5
+    assert len(slept) == 2 * kernel_choice.ROUNDS
 
 
 @pytest.mark.parametrize(
