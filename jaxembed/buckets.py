@@ -300,7 +300,7 @@ class Ladder:
         total = first + int(others.sum())
         # No shape does more than all there is, or than it holds.
         options = [(min(total, b.tokens) / cost, -b.seq_len, b, cost) for b, cost in self._costs if b.seq_len >= first]
-        candidates: dict[int, tuple[npt.NDArray[np.int64], ...]] = {}
+        candidates: dict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = {}
         best = (-1.0, 0)
         chosen, company = self.buckets[0], nearest
         for most, _, bucket, cost in sorted(options, reverse=True):
@@ -308,20 +308,15 @@ class Ladder:
                 break
             if bucket.seq_len not in candidates:
                 fits = others <= bucket.seq_len
-                candidates[bucket.seq_len] = nearest[fits], others[fits], np.cumsum(others[fits])
-            items, fitting, upto = candidates[bucket.seq_len]
+                candidates[bucket.seq_len] = nearest[fits], others[fits]
+            items, fitting = candidates[bucket.seq_len]
             rows = min(bucket.batch_size - 1, len(items))
             # In a padded shape each has a place of its own.
-            count = min(rows, int(upto.searchsorted(bucket.flat - first, side="right"))) if bucket.flat else rows
-            real = first + int(upto[count - 1]) if count else first
-            taken = items[:count]
-            if count < rows:
-                more = taking(fitting[count:].tolist(), rows - count, bucket.flat - real)
-                real += int(fitting[count:][more].sum())
-                taken = np.concatenate([taken, items[count:][more]])
+            taken = taking(fitting.tolist(), rows, bucket.flat - first) if bucket.flat else np.arange(rows)
+            real = first + int(fitting[taken].sum())
             rate = (real / cost, -bucket.tokens)
             if rate > best:
-                best, chosen, company = rate, bucket, taken
+                best, chosen, company = rate, bucket, items[taken]
         return Plan(chosen, (0, *(1 + company).tolist()))
 
     def _too_long(self, length: int) -> BucketError:
@@ -362,13 +357,13 @@ def filling(bucket: Bucket, lengths: Sequence[int]) -> tuple[list[Plan], list[in
     return plans, left
 
 
-def taking(lengths: Iterable[int], rows: int, room: int) -> list[int]:
+def taking(lengths: Iterable[int], rows: int, room: int) -> npt.NDArray[np.int64]:
     """Places of up to so many rows, one after the other, each of which the room that those before leave still takes."""
-    taken = []
+    taken: list[int] = []
     for place, length in enumerate(lengths):
+        if len(taken) == rows:
+            break
         if length <= room:
             taken.append(place)
             room -= length
-            if len(taken) == rows or room == 0:
-                break
-    return taken
+    return np.array(taken, np.int64)
