@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from jaxembed_server.config import ServerConfig
+from jaxembed_server.deadlines import Deadlines
 from jaxembed_server.errors import ApiError, invalid
 from jaxembed_server.exchange import Exchange
 from jaxembed_server.metrics import Metrics
@@ -18,6 +19,9 @@ __all__ = ["Handler", "JsonRoute"]
 
 BODY_SECONDS = 60.0
 """A body that is not there after so long is a 408."""
+
+UNWATCHED_SECONDS = 0.25
+"""Nobody looks whether a client has gone before its request takes so long: most are answered by then."""
 
 JSON = b"application/json"
 
@@ -47,6 +51,8 @@ class JsonRoute:
         self._handler = handler
         self._config = config
         self._metrics = metrics
+        self._reading = Deadlines(BODY_SECONDS)
+        self._unwatched = Deadlines(UNWATCHED_SECONDS)
 
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         """Answer one POST."""
@@ -66,9 +72,10 @@ class JsonRoute:
         try:
             exchange.check_key(headers.get(b"authorization", b"").decode("latin-1"))
             check_content_type(headers.get(b"content-type", b""))
-            body = await read_body(receive, headers.get(b"content-length", b""), self._config.max_body_bytes)
+            declared = headers.get(b"content-length", b"")
+            body = await read_body(receive, declared, self._config.max_body_bytes, self._reading)
             whole = True
-            async with Cancelled(receive) as cancelled:
+            with Cancelled(receive, self._unwatched) as cancelled:
                 content = await self._handler(exchange, body)
             if cancelled:
                 return
@@ -98,29 +105,44 @@ class JsonRoute:
 
 
 class Cancelled:
-    """Cancels what runs inside it when the client has gone; then it is true, and the cancellation ends here."""
+    """Cancels what runs inside it when the client has gone; then it is true, and the cancellation ends here.
 
-    def __init__(self, receive: Receive) -> None:
+    Args:
+        receive: ASGI's; not called by anybody else meanwhile.
+        unwatched: says when to begin to look: that takes a task.
+    """
+
+    def __init__(self, receive: Receive, unwatched: Deadlines) -> None:
         self._receive = receive
+        self._unwatched = unwatched
+        self._watch: asyncio.Task[None] | None = None
         self._gone = False
 
     def __bool__(self) -> bool:
         return self._gone
 
-    async def __aenter__(self) -> "Cancelled":
+    def __enter__(self) -> "Cancelled":
         task = asyncio.current_task()
         assert task is not None
-        self._task = task
-        self._watch = asyncio.ensure_future(self._until_gone())
+        self._task: asyncio.Task[Any] = task
+        self._unwatched.begin(self)
         return self
+
+    def late(self) -> None:
+        """The request takes long: look whether its client has gone."""
+        self._watch = asyncio.ensure_future(self._until_gone())
 
     async def _until_gone(self) -> None:
         await discard(self._receive)
         self._gone = True
         self._task.cancel()
 
-    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        self._watch.cancel()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        self._unwatched.end(self)
+        if self._watch is not None:
+            self._watch.cancel()
+            # Its exception will hold it, and it holds this: a circle, for the collector of garbage.
+            self._watch = None
         # Others may cancel the task too, such as a server that stops: that goes on.
         return self._gone and self._task.uncancel() == 0 and isinstance(error, asyncio.CancelledError)
 
@@ -144,13 +166,14 @@ def check_content_type(header: bytes) -> None:
         raise invalid(None, "unsupported_media_type", message, status=415)
 
 
-async def read_body(receive: Receive, declared: bytes, limit: int) -> bytes:
+async def read_body(receive: Receive, declared: bytes, limit: int, reading: Deadlines) -> bytes:
     """The whole body.
 
     Args:
         receive: ASGI's.
         declared: the content length; b"" if the client does not say.
         limit: bytes that it may have.
+        reading: says when it takes too long.
 
     Raises:
         ApiError: 413, it is larger; 408, it takes too long.
@@ -160,7 +183,7 @@ async def read_body(receive: Receive, declared: bytes, limit: int) -> bytes:
         raise body_too_large(limit)
     parts, size = [], 0
     try:
-        async with asyncio.timeout(BODY_SECONDS):
+        with reading.timeout():
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":

@@ -23,6 +23,7 @@ from jaxembed.matryoshka import Policy
 from jaxembed.types import Encoding
 from jaxembed_server.batcher import Batcher
 from jaxembed_server.config import ServerConfig
+from jaxembed_server.deadlines import Deadlines
 from jaxembed_server.errors import DeadlineError, NotReadyError, invalid
 from jaxembed_server.metrics import Metrics
 from jaxembed_server.model import Loaded, Loader, load_model
@@ -100,6 +101,7 @@ class Service:
         self._loaded: Loaded | None = None
         self._batcher: Queue | None = None
         self._refiner: Refiner | None = None
+        self._deadlines = Deadlines(config.request_timeout)
         self._tokenizing = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenize")
         metrics.watch(
             queued=lambda: self._batcher.queued_tokens if self._batcher else 0,
@@ -209,7 +211,7 @@ class Service:
         """
         loaded = self.loaded
         try:
-            async with asyncio.timeout(self.config.request_timeout):
+            with self._deadlines.timeout():
                 size = self._dimensions(request, loaded)
                 encodings = await self._tokenize(request, loaded)
                 tokens = sum(map(len, encodings))
