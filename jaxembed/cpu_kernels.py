@@ -4,6 +4,9 @@ XLA's matrix product on CPU repacks one of its operands at every call, which few
 over short rows is many small steps. The source, in `cpp`, is compiled on the machine it runs on, by that
 machine's C++ compiler, which knows the vectors that there are; without one everything is XLA's (docs/performance.md).
 Letters in shapes are those of `layers` and `tokens`.
+
+All of these functions are told how many tokens there are, of all lines together: what stands behind them is not looked at,
+and of what is given back there anything may stand. None: as many as there is room for.
 """
 
 import ctypes
@@ -65,6 +68,9 @@ ACTIVATIONS: Mapping[str | None, int] = {None: 0, "gelu": 1}
 
 Product = tuple[Float[Array, "N K"], Float[Array, " N"] | None]
 """A kernel and its bias."""
+
+Count = Int[Array, ""] | None
+"""How many tokens there are, the first ones; None: all."""
 
 Norm = tuple[Float[Array, " N"], Float[Array, " N"] | None, float]
 """Scale and bias of a LayerNorm, and what it adds to the variance."""
@@ -160,7 +166,11 @@ def running() -> Iterator[None]:
 
 
 def products(
-    x: Float[Array, "L M K"], matrices: Sequence[Product], activation: str | None = None
+    x: Float[Array, "L M K"],
+    matrices: Sequence[Product],
+    activation: str | None = None,
+    *,
+    tokens: Count = None,
 ) -> tuple[Float[Array, "L M _"], ...]:
     """activation(x @ kernel^T + bias) of each matrix, float32; x is rounded to bfloat16 where kernels are in that.
 
@@ -171,13 +181,13 @@ def products(
     """
     shapes = [(*x.shape[:-1], kernel.shape[0]) for kernel, _ in matrices]
     call = jax.ffi.ffi_call(TARGETS[0], [*map(written, shapes), room(x, x.shape[-1])])
-    operands = (x, *(array for one in matrices for array in with_bias(one)))
+    operands = (x, counted(x, tokens), *(array for one in matrices for array in with_bias(one)))
     results: Sequence[jax.Array] = call(*operands, activation=np.int32(ACTIVATIONS[activation]))
     return tuple(results[:-1])
 
 
 def linear_norm(
-    x: Float[Array, "L M K"], matrix: Product, residual: Float[Array, "L M N"], norm: Norm
+    x: Float[Array, "L M K"], matrix: Product, residual: Float[Array, "L M N"], norm: Norm, *, tokens: Count = None
 ) -> Float[Array, "L M N"]:
     """norm(residual + x @ kernel^T + bias), as one of `products` and a LayerNorm.
 
@@ -187,7 +197,7 @@ def linear_norm(
         norm: of the sum.
     """
     call = jax.ffi.ffi_call(TARGETS[1], [written(residual.shape), room(x, x.shape[-1])])
-    operands = (x, *with_bias(matrix), residual, *with_bias(norm[:2]))
+    operands = (x, counted(x, tokens), *with_bias(matrix), residual, *with_bias(norm[:2]))
     results: Sequence[jax.Array] = call(*operands, eps=np.float32(norm[2]))
     return results[0]
 
@@ -198,6 +208,8 @@ def feed_forward(
     down: tuple[Float[Array, "N F"], Float[Array, " N"] | None],
     activation: str | None,
     norm: Norm,
+    *,
+    tokens: Count = None,
 ) -> Float[Array, "L M N"]:
     """norm(x + activation(x @ up^T + its bias) @ down^T + its bias), without what is between.
 
@@ -208,7 +220,7 @@ def feed_forward(
         norm: of the sum.
     """
     call = jax.ffi.ffi_call(TARGETS[2], [written(x.shape), room(x, sum(down[0].shape))])
-    operands = (x, *with_bias(up), *with_bias(down), *with_bias(norm[:2]))
+    operands = (x, counted(x, tokens), *with_bias(up), *with_bias(down), *with_bias(norm[:2]))
     options = {"activation": np.int32(ACTIVATIONS[activation]), "eps": np.float32(norm[2])}
     results: Sequence[jax.Array] = call(*operands, **options)
     return results[0]
@@ -223,6 +235,11 @@ def with_bias(one: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.A
     """Kernel or scale, and bias; one that is not there has no numbers."""
     first, bias = one
     return first, jnp.zeros(0, jnp.float32) if bias is None else bias
+
+
+def counted(x: Float[Array, "L M K"], tokens: Count) -> Int[Array, " 1"]:
+    """How many tokens there are, as the calls are told."""
+    return jnp.full(1, x.shape[0] * x.shape[1], jnp.int32) if tokens is None else tokens.astype(jnp.int32).reshape(1)
 
 
 def room(x: Float[Array, "L M K"], depth: int) -> jax.ShapeDtypeStruct:
@@ -241,6 +258,7 @@ def attention(
     head_dim: int,
     scale: float,
     dtype: jnp.dtype,
+    tokens: Count = None,
 ) -> Float[Array, "L M ND"]:
     """softmax(Q K^T * scale) V of rows in lines; zeros where there is no row, or a row without keys.
 
@@ -255,7 +273,7 @@ def attention(
     """
     call = jax.ffi.ffi_call(TARGETS[3], written(query.shape))
     options = {"half": np.int32(dtype == jnp.bfloat16), "head_dim": np.int32(head_dim), "scale": np.float32(scale)}
-    mixed: jax.Array = call(query, key, value, starts, counts, seen, **options)
+    mixed: jax.Array = call(query, key, value, starts, counts, seen, counted(query, tokens), **options)
     return mixed
 
 

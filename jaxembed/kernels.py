@@ -6,8 +6,9 @@ from contextvars import ContextVar
 from typing import NamedTuple
 
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
 
-__all__ = ["Kernels", "available", "right_padded"]
+__all__ = ["Kernels", "Line", "available", "right_padded", "tokens_there"]
 
 
 class Kernels(NamedTuple):
@@ -27,7 +28,20 @@ class Kernels(NamedTuple):
     cpu_tokens: int = 0
 
 
+class Line(NamedTuple):
+    """Rows that stand one right behind another.
+
+    Attributes:
+        room: tokens that there is room for.
+        tokens: how many there are, the first ones. What stands behind them is of no use, and need not be computed.
+    """
+
+    room: int
+    tokens: Int[Array, ""]
+
+
 AVAILABLE: ContextVar[Kernels | None] = ContextVar("AVAILABLE", default=None)
+LINE: ContextVar[Line | None] = ContextVar("LINE", default=None)
 
 
 def available() -> Kernels | None:
@@ -35,14 +49,25 @@ def available() -> Kernels | None:
     return AVAILABLE.get()
 
 
+def tokens_there(x: Float[Array, "L M _"]) -> Int[Array, ""] | None:
+    """How many tokens of what stands in lines there are; None where it may be all of them."""
+    line = LINE.get()
+    return None if line is None or x.shape[:2] != (1, line.room) else line.tokens
+
+
 @contextmanager
-def right_padded(kernels: Kernels) -> Iterator[None]:
+def right_padded(kernels: Kernels, line: Line | None = None) -> Iterator[None]:
     """While a function is traced in here, each mask holds the first tokens of its rows, as it does for every Batch.
 
     Kernels that are told how many keys there are, and not which, may then be used. There is no derivative of them.
+
+    Args:
+        kernels: what there is.
+        line: the line that all rows stand in, if they do.
     """
-    before = AVAILABLE.set(kernels)
+    before, line_before = AVAILABLE.set(kernels), LINE.set(line)
     try:
         yield
     finally:
         AVAILABLE.reset(before)
+        LINE.reset(line_before)

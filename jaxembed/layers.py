@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxembed import cpu_kernels
 from jaxembed.errors import UnsupportedModelError
-from jaxembed.kernels import available
+from jaxembed.kernels import available, tokens_there
 
 __all__ = [
     "ACTIVATIONS",
@@ -129,7 +129,7 @@ def linears(
     matrices = [layer.matrix for layer in layers]
     if by_cpu_kernels(x, layers):
         inside = act in cpu_kernels.ACTIVATIONS
-        results = cpu_kernels.products(x, matrices, act if inside else None)
+        results = cpu_kernels.products(x, matrices, act if inside else None, tokens=tokens_there(x))
         act = None if inside else act
     else:
         products = [(linear(x, kernel), bias) for kernel, bias in matrices]
@@ -196,7 +196,7 @@ def linear_norm(
 ) -> Float[Array, "B T Out"]:
     """norm(residual + layer(x)); up to `Kernels.cpu_tokens` tokens by one of `cpu_kernels`."""
     if by_cpu_kernels(x, [layer]):
-        return cpu_kernels.linear_norm(x, layer.matrix, residual, norm.numbers)
+        return cpu_kernels.linear_norm(x, layer.matrix, residual, norm.numbers, tokens=tokens_there(x))
     return norm(residual + layer(x))
 
 
@@ -205,7 +205,7 @@ def feed_forward(
 ) -> Float[Array, "B T D"]:
     """norm(x + down(act(up(x)))); likewise by one of `cpu_kernels`, if it has that activation."""
     if act in cpu_kernels.ACTIVATIONS and by_cpu_kernels(x, [up, down]):
-        return cpu_kernels.feed_forward(x, up.matrix, down.matrix, act, norm.numbers)
+        return cpu_kernels.feed_forward(x, up.matrix, down.matrix, act, norm.numbers, tokens=tokens_there(x))
     return linear_norm(up(x, act), down, x, norm)
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxembed.attention import FUSED_LENGTH
 from jaxembed.kernel_choice import kernels_on
-from jaxembed.kernels import Kernels, right_padded
+from jaxembed.kernels import Kernels, Line, right_padded
 from jaxembed.model import Model
 from jaxembed.packing import empty
 from jaxembed.sharding import batch_sharding, platform
@@ -56,9 +56,10 @@ def forward(
 ) -> Float[Array, "B *shape"]:
     """What each executable computes of `Batch.table`."""
     row = dict(zip(Column, told(bucket, table).T, strict=True))
-    length, seen = bucket.seq_len, row[Column.LENGTH]
+    length, seen, line = bucket.seq_len, row[Column.LENGTH], None
     if bucket.flat:
         rows = Rows.in_line(row[Column.TOKENS], seen, tokens=bucket.flat, length=length)
+        line = Line(bucket.flat, jnp.sum(row[Column.TOKENS], dtype=jnp.int32))
     else:
         rows = Rows(jnp.arange(length, dtype=jnp.int32)[None] < seen[:, None])
     seconds = rows.each(row[Column.SECOND_START])
@@ -69,5 +70,5 @@ def forward(
         rows=rows,
     )
     normalize = row[Column.NORMALIZE] > 0
-    with right_padded(kernels):
+    with right_padded(kernels, line):
         return model.compute(output, leaves, tokens, row[Column.PROMPT_LENGTH], row[Column.DIMENSIONS], normalize)

@@ -58,7 +58,8 @@ class Rows(NamedTuple):
         # What is behind the last row counts as its, at its last place.
         row = jnp.minimum(jnp.sum(line[None] >= ends[:, None], axis=0, dtype=jnp.int32), len(lengths) - 1)
         place = jnp.minimum(line - starts[row], length - 1)
-        there = jnp.minimum(starts[:, None] + places, tokens - 1)
+        # What stands behind the last token of all may be no number at all.
+        there = jnp.minimum(starts[:, None] + places, jnp.maximum(ends[-1] - 1, 0))
         return cls(places < seen[:, None], Flat(there, row * length + place, lengths))
 
     @property
@@ -86,7 +87,7 @@ class Rows(NamedTuple):
         return jnp.full(batch, length, jnp.int32) if self.flat is None else self.flat.lengths
 
     def apart(self, x: Shaped[Array, "L M *rest"]) -> Shaped[Array, "B T *rest"]:
-        """What stands in lines, by rows. Behind a row's end anything may stand."""
+        """What stands in lines, by rows. Behind a row's end some other token stands."""
         return x if self.flat is None else jnp.take(x[0], self.flat.line, axis=0, mode="clip")
 
     def together(self, x: Shaped[Array, "B T *rest"]) -> Shaped[Array, "L M *rest"]:
@@ -108,7 +109,8 @@ class Rows(NamedTuple):
         line, starts = jnp.arange(x.shape[1], dtype=jnp.int32)[None], self.starts[:, None]
         own = (line >= starts) & (line < starts + self.lengths[:, None])
         spread = jnp.where(own, self.together(weights), 0.0)
-        return jnp.matmul(spread, x[0], precision=jax.lax.Precision.HIGHEST)
+        there = jnp.arange(x.shape[1], dtype=jnp.int32)[:, None] < jnp.sum(self.lengths)
+        return jnp.matmul(spread, jnp.where(there, x[0], 0.0), precision=jax.lax.Precision.HIGHEST)
 
     def each(self, values: Shaped[Array, " B"]) -> Shaped[Array, "L _"]:
         """What is said of each row, for each of its tokens; to be broadcast."""

@@ -149,7 +149,7 @@ inline void attention(const float* query, const float* key, const float* value, 
     work += size_t(counts[row]) * seen[row] * apart;
   }
   // Zeros where no row stands: nobody looks there, but NaN times 0 would be NaN.
-  std::memset(out + end * apart, 0, (total - end) * apart * sizeof(float));
+  if (end < total) std::memset(out + end * apart, 0, (total - end) * apart * sizeof(float));
   Crew::get().each(rows * heads.query, work > 200'000, [&](size_t i) {
     size_t row = i / heads.query, h = i % heads.query, start = starts[row], count = counts[row];
     float* to = out + start * apart + h * heads.width;

@@ -1,6 +1,7 @@
 // What XLA's executables call: products with weights and attention for CPUs. `cpu_kernels.py` compiles this for
 // the machine it runs on, so the compiler knows the vectors that there are.
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -34,15 +35,18 @@ template <class T> T attribute(const XLA_FFI_CallFrame* frame, int64_t i) {
 
 size_t width_of(const XLA_FFI_Buffer& buffer) { return buffer.dims[buffer.rank - 1]; }
 
-size_t tokens_of(const XLA_FFI_Buffer& buffer) {
+// Tokens of the first argument that there are: the first ones. What the i-th argument tells, but no more than it has room for.
+size_t tokens_of(const XLA_FFI_CallFrame* frame, int64_t i) {
+  const XLA_FFI_Buffer& buffer = argument(frame, 0);
   size_t count = 1;
-  for (int64_t i = 0; i + 1 < buffer.rank; i++) count *= buffer.dims[i];
-  return count;
+  for (int64_t axis = 0; axis + 1 < buffer.rank; axis++) count *= buffer.dims[axis];
+  const int32_t told = *static_cast<const int32_t*>(argument(frame, i).data);
+  return std::min<size_t>(count, std::max(told, 0));
 }
 
-// The matrix whose kernel and bias follow x as the i-th ones.
+// The matrix whose kernel and bias follow x and the count of tokens as the i-th ones.
 Matrix matrix(const XLA_FFI_CallFrame* frame, int64_t i, float* y) {
-  const XLA_FFI_Buffer &kernel = argument(frame, 1 + 2 * i), &bias = argument(frame, 2 + 2 * i);
+  const XLA_FFI_Buffer &kernel = argument(frame, 2 + 2 * i), &bias = argument(frame, 3 + 2 * i);
   return {kernel.data, bias.dims[0] ? floats(bias) : nullptr, y, size_t(kernel.dims[0])};
 }
 
@@ -53,7 +57,7 @@ Norm norm(const XLA_FFI_CallFrame* frame, int64_t i, float eps) {
 }
 
 // Whether kernels are in bfloat16; all of a call are of one kind.
-bool in_half(const XLA_FFI_CallFrame* frame) { return argument(frame, 1).dtype == XLA_FFI_DataType_BF16; }
+bool in_half(const XLA_FFI_CallFrame* frame) { return argument(frame, 2).dtype == XLA_FFI_DataType_BF16; }
 
 // Whether XLA only asks which version of its interface this is made for; then it is told.
 bool asked(XLA_FFI_CallFrame* frame) {
@@ -67,46 +71,48 @@ bool asked(XLA_FFI_CallFrame* frame) {
 
 }  // namespace
 
-// x [..., K], then kernel [N, K] and bias [N] or [0] of each matrix -> y [..., N] of each, room.
+// In all of these, what stands behind the tokens that there are is neither read nor written.
+
+// x [..., K], the count of tokens [1], then kernel [N, K] and bias [N] or [0] of each matrix -> y [..., N] of each, room.
 // Attribute: activation.
 extern "C" XLA_FFI_Error* jaxembed_linear(XLA_FFI_CallFrame* frame) {
   if (asked(frame)) return nullptr;
   const XLA_FFI_Buffer& x = argument(frame, 0);
-  const int64_t count = (frame->args.size - 1) / 2;
+  const int64_t count = (frame->args.size - 2) / 2;
   std::vector<Matrix> matrices;
   for (int64_t i = 0; i < count; i++) matrices.push_back(matrix(frame, i, result(frame, i)));
-  with_way(tokens_of(x), in_half(frame), [&](auto way) {
+  with_way(tokens_of(frame, 1), in_half(frame), [&](auto way) {
     linear(way, floats(x), width_of(x), matrices, Activation(attribute<int32_t>(frame, 0)), result(frame, count));
   });
   return nullptr;
 }
 
-// x [..., K], kernel [N, K], bias [N] or [0], residual [..., N], scale [N], the norm's bias [N] or [0] -> y [..., N], room.
-// Attribute: eps.
+// x [..., K], the count of tokens [1], kernel [N, K], bias [N] or [0], residual [..., N], scale [N], the norm's bias [N] or
+// [0] -> y [..., N], room. Attribute: eps.
 extern "C" XLA_FFI_Error* jaxembed_linear_norm(XLA_FFI_CallFrame* frame) {
   if (asked(frame)) return nullptr;
   const XLA_FFI_Buffer& x = argument(frame, 0);
-  with_way(tokens_of(x), in_half(frame), [&](auto way) {
-    linear_norm(way, floats(x), width_of(x), matrix(frame, 0, result(frame, 0)), floats(argument(frame, 3)),
-                norm(frame, 4, attribute<float>(frame, 0)), result(frame, 1));
+  with_way(tokens_of(frame, 1), in_half(frame), [&](auto way) {
+    linear_norm(way, floats(x), width_of(x), matrix(frame, 0, result(frame, 0)), floats(argument(frame, 4)),
+                norm(frame, 5, attribute<float>(frame, 0)), result(frame, 1));
   });
   return nullptr;
 }
 
-// x [..., N], then kernel [F, N] and bias [F] or [0], kernel [N, F] and bias [N] or [0], scale [N], the norm's bias [N] or [0]
-// -> y [..., N], room. Attributes: activation, between the two; eps.
+// x [..., N], the count of tokens [1], then kernel [F, N] and bias [F] or [0], kernel [N, F] and bias [N] or [0], scale [N],
+// the norm's bias [N] or [0] -> y [..., N], room. Attributes: activation, between the two; eps.
 extern "C" XLA_FFI_Error* jaxembed_feed_forward(XLA_FFI_CallFrame* frame) {
   if (asked(frame)) return nullptr;
   const XLA_FFI_Buffer& x = argument(frame, 0);
   const Matrix up = matrix(frame, 0, nullptr), down = matrix(frame, 1, result(frame, 0));
-  with_way(tokens_of(x), in_half(frame), [&](auto way) {
+  with_way(tokens_of(frame, 1), in_half(frame), [&](auto way) {
     feed_forward(way, floats(x), up, Activation(attribute<int32_t>(frame, 0)), down,
-                 norm(frame, 5, attribute<float>(frame, 1)), result(frame, 1));
+                 norm(frame, 6, attribute<float>(frame, 1)), result(frame, 1));
   });
   return nullptr;
 }
 
-// Queries [..., N H], keys and values [..., K H], starts, counts and seen [B] -> [..., N H].
+// Queries [..., N H], keys and values [..., K H], starts, counts and seen [B], the count of tokens [1] -> [..., N H].
 // Attributes: half, whether operands may be rounded to bfloat16; head_dim, scale.
 extern "C" XLA_FFI_Error* jaxembed_attention(XLA_FFI_CallFrame* frame) {
   if (asked(frame)) return nullptr;
@@ -115,7 +121,7 @@ extern "C" XLA_FFI_Error* jaxembed_attention(XLA_FFI_CallFrame* frame) {
   const Heads heads{width_of(query) / width, width_of(key) / width, width, attribute<float>(frame, 2)};
   auto numbers = [&](int64_t i) { return static_cast<const int32_t*>(argument(frame, i).data); };
   attention(floats(query), floats(key), floats(argument(frame, 2)), numbers(3), numbers(4), numbers(5), starts.dims[0],
-            tokens_of(query), heads, attribute<int32_t>(frame, 0) != 0, result(frame, 0));
+            tokens_of(frame, 6), heads, attribute<int32_t>(frame, 0) != 0, result(frame, 0));
   return nullptr;
 }
 
