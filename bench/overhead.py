@@ -158,6 +158,9 @@ def serve(port: int, *, accelerator: bool) -> int:
         def run(self, batch: Batch) -> npt.NDArray[np.float32]:
             return self._vectors[: batch.rows]
 
+        def computed(self, batch: Batch) -> int:
+            return batch.bucket.tokens
+
     def load(config: ServerConfig, progress: Progress) -> Loaded:
         checkpoint = Checkpoint.open(DEFAULT_MODEL)
         tokenizer = Tokenizer.from_folder(checkpoint.folder, vocab_size=30522, max_length=256)

@@ -12,11 +12,14 @@ from jaxembed.cost import Cost
 from jaxembed.errors import BucketError
 from jaxembed.types import Bucket
 
-__all__ = ["ACCELERATOR_PRICES", "PRICES", "Ladder", "Plan", "flat_shape", "flat_shapes", "rungs"]
+__all__ = ["ACCELERATOR_PRICES", "PRICES", "Ladder", "Plan", "flat_shape", "flat_shapes", "rungs", "single"]
 
 PRICES = Cost(call=16.0, token=1.0, place=0.1, pair=0.1 / 128)
 """What a batch costs on CPU, in tokens of computation, before that was measured: a dispatch 16 of them, a place in
 attention's rows a tenth of one, and as much again for each 128 tokens of its row."""
+
+COUNTED_PRICES = Cost(call=8.0, token=0.02, place=0.1, pair=0.1 / 128, real=1.0)
+"""The same on CPU where flat shapes compute the tokens that there are (docs/performance.md)."""
 
 ACCELERATOR_PRICES = Cost(call=4096.0, token=1.0, place=0.0, pair=0.0)
 """The same for each device of another kind; measured on a GPU, a guess for TPU (docs/performance.md)."""
@@ -25,6 +28,9 @@ SHORTEST = 16
 
 STEP = 4
 """Each size of a batch in the default ladder is so many times the next smaller one."""
+
+COUNTED_STEP = 8
+"""The same where tokens are counted."""
 
 MEAN = 2 / 3
 """Mean length that rows of a flat shape are reckoned to have, in parts of its own, where nothing is known of them."""
@@ -56,6 +62,11 @@ def rungs(max_length: int) -> list[int]:
 def flat_shape(rows: int, length: int, tokens: int) -> Bucket:
     """The shape of so many rows of up to `length` tokens, `tokens` together: flat unless they fill all places."""
     return Bucket(rows, length, 0 if rows * length == tokens else tokens)
+
+
+def single(length: int, max_batch_tokens: int, *, counted: bool) -> Bucket:
+    """The shape of a single row, padded; where tokens are counted, flat, with room for others, unless it is very long."""
+    return Bucket(2, length, length) if counted and 1 < length <= max_batch_tokens else Bucket(1, length)
 
 
 def flat_shapes(length: int, sizes: Iterable[int], mean: float) -> list[Bucket]:
@@ -117,7 +128,13 @@ class Ladder:
 
     @classmethod
     def default(
-        cls, *, max_length: int, max_batch_tokens: int, batch_multiple: int = 1, flat: bool = False
+        cls,
+        *,
+        max_length: int,
+        max_batch_tokens: int,
+        batch_multiple: int = 1,
+        flat: bool = False,
+        counted: bool = False,
     ) -> "Ladder":
         """Powers of two up to the model's length; per length the batch sizes 1, 4, 16, ... and the fullest.
 
@@ -128,6 +145,8 @@ class Ladder:
             batch_multiple: every batch size is a multiple of this (the number of devices on the data axis).
             flat: whether shapes of several rows are flat: per length of all, a quarter, a sixteenth, ... of
                 `max_batch_tokens`; and one of full rows of `max_length`, padded. Only where `batch_multiple` is 1.
+            counted: whether flat shapes compute the tokens that there are, and not those that there is room for: then
+                fewer will do, and none but of very long rows is padded.
 
         Raises:
             BucketError: an argument under 1.
@@ -140,13 +159,15 @@ class Ladder:
         lengths = rungs(max_length)
         if not flat:
             return cls.of_lengths(lengths, max_batch_tokens=max_batch_tokens, batch_multiple=batch_multiple)
-        sizes = [max_batch_tokens]
-        while sizes[-1] >= STEP * SHORTEST:
-            sizes.append(sizes[-1] // STEP)
+        sizes, step = [max_batch_tokens], COUNTED_STEP if counted else STEP
+        while sizes[-1] >= step * SHORTEST:
+            sizes.append(sizes[-1] // step)
         several = [shape for length in lengths for shape in flat_shapes(length, sizes, MEAN * length)]
+        shapes = [*(single(length, max_batch_tokens, counted=counted) for length in lengths), *several]
+        if counted:
+            return cls(shapes, COUNTED_PRICES)
         # Many texts are as long as they may be.
-        full = Bucket(max(1, max_batch_tokens // max_length), max_length)
-        return cls([*(Bucket(1, length) for length in lengths), *several, full])
+        return cls([*shapes, Bucket(max(1, max_batch_tokens // max_length), max_length)])
 
     @classmethod
     def of_lengths(cls, lengths: Iterable[int], *, max_batch_tokens: int, batch_multiple: int = 1) -> "Ladder":
@@ -167,7 +188,7 @@ class Ladder:
         for bucket in self.buckets:
             # They stand in the order of their tokens.
             found.setdefault(bucket.seq_len, bucket)
-        return Ladder(found.values())
+        return self.having(found.values())
 
     def having(self, buckets: Iterable[Bucket]) -> "Ladder":
         """A ladder of other shapes at the same prices."""

@@ -12,26 +12,38 @@ __all__ = ["Cost", "fit_cost"]
 
 
 class Cost(NamedTuple):
-    """What a batch costs: call + token * tokens + place * places + pair * places * length."""
+    """What a batch costs: call + token * tokens + place * places + pair * places * length + real * real tokens.
+
+    Attributes:
+        token: there is room for.
+        real: that stands in a flat shape, where what stands there is counted; a padded one computes all of its tokens.
+            0 where all shapes do, and `token` is all that one costs.
+    """
 
     call: float
     token: float
     place: float
     pair: float
+    real: float = 0.0
 
     def of(self, bucket: Bucket) -> float:
-        """Of one batch of this shape."""
-        return self.call + bucket.tokens * self.token + bucket.batch_size * self.of_places(bucket.seq_len)
+        """Of one batch of this shape, whatever stands in it."""
+        token = self.token if bucket.flat else self.token + self.real
+        return self.call + bucket.tokens * token + bucket.batch_size * self.of_places(bucket.seq_len)
+
+    def spent(self, bucket: Bucket, tokens: int) -> float:
+        """Of one batch of this shape with so many tokens in it."""
+        return self.of(bucket) + self.real * tokens
 
     @property
     def in_tokens(self) -> "Cost":
         """The same in parts of what a token costs in a padded batch, where it is a place too; must cost something."""
-        unit = self.token + self.place
+        unit = self.token + self.real + self.place
         return Cost(*(factor / unit for factor in self))
 
     def of_row(self, length: int) -> float:
         """What a row of this length adds to a padded batch."""
-        return length * self.token + self.of_places(length)
+        return length * (self.token + self.real) + self.of_places(length)
 
     def of_places(self, length: int) -> float:
         """What a row of at most this length adds to a flat batch of rows of this length, beside its tokens."""

@@ -22,12 +22,13 @@ from jaxembed.buckets import ACCELERATOR_PRICES, Ladder
 from jaxembed.cost import Cost
 from jaxembed.errors import BucketError
 from jaxembed.executables import facts, has, load_or_compile
+from jaxembed.kernel_choice import kernels_on
 from jaxembed.locks import SharedLock
 from jaxembed.model import Model
 from jaxembed.packing import empty, full
 from jaxembed.program import compile_shape
 from jaxembed.sharding import DATA, platform
-from jaxembed.types import Batch, Bucket, Output
+from jaxembed.types import Batch, Bucket, Column, Output
 
 __all__ = ["MAX_BATCH_TOKENS", "Compiled", "Engine"]
 
@@ -79,6 +80,7 @@ class Engine:
         length_multiple: lengths of shapes that are chosen had better be multiples of it.
         flat: shapes of several rows had better be flat (`types.Bucket`), as on CPU, where that was measured
             (docs/performance.md).
+        counted: flat shapes compute the tokens that there are, not those that there is room for.
         shares_cores: batches that run at a time take the cores from one another, and from whatever is started beside
             them, as on CPU; elsewhere they run one after the other.
     """
@@ -107,11 +109,13 @@ class Engine:
         self._executables: WeakValueDictionary[Bucket, Any] = WeakValueDictionary()
         self._compiling: dict[Bucket, threading.Lock] = {}
         self.flat = self.platform == "cpu" and devices == 1
+        self.counted = self.flat and kernels_on(model.mesh, model.dtype).cpu_tokens >= self.max_batch_tokens
         self.ladder = ladder or Ladder.default(
             max_length=model.max_length,
             max_batch_tokens=self.max_batch_tokens,
             batch_multiple=devices,
             flat=self.flat,
+            counted=self.counted,
         )
         self.allow(self.ladder)
         self.shares_cores = self.platform == "cpu"
@@ -197,9 +201,14 @@ class Engine:
     def _ladder_key(self, kept: cache.Cache) -> str:
         return kept.key(*facts(self.model, self.output), self.max_batch_tokens, self.batch_multiple)
 
-    def time(self, bucket: Bucket) -> float:
-        """Seconds that one full batch of this shape takes; it must be compiled."""
-        batch = full(bucket)
+    def computed(self, batch: Batch) -> int:
+        """Tokens that are computed for a batch, padding included."""
+        bucket = batch.bucket
+        return int(batch.column(Column.TOKENS).sum()) if self.counted and bucket.flat else bucket.tokens
+
+    def time(self, bucket: Bucket, *, filled: bool = True) -> float:
+        """Seconds that one batch of this shape takes, a full one or an empty one; it must be compiled."""
+        batch = full(bucket) if filled else empty(bucket)
         start = time.perf_counter()
         self.run(batch)
         return time.perf_counter() - start

@@ -6,7 +6,7 @@ their lengths, compiled beside the work, and the ladder is swapped.
 
 import math
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from jaxembed.buckets import Ladder, flat_shape
 from jaxembed.cost import Cost, fit_cost
-from jaxembed.shape_choice import choose_lengths, compared, fewest, flat_ladder, loads
+from jaxembed.shape_choice import PRICE, choose_lengths, compared, fewest, flat_ladder, loads
 from jaxembed.types import Bucket
 
 __all__ = ["Ahead", "Histogram", "Refinable", "least_seconds", "not_ahead", "refine", "switch", "wide"]
@@ -29,7 +29,8 @@ ROUNDS = 3
 """How often a shape is timed."""
 
 GAIN = 0.03
-"""A new ladder must save this share of what inputs take by the old one, in the mean over `shape_choice.loads`."""
+"""A new ladder must save this share of what inputs take by the old one, in the mean over `shape_choice.loads`, its shapes'
+prices included."""
 
 
 class Histogram:
@@ -66,9 +67,10 @@ class Refinable(Protocol):
     batch_multiple: int
     length_multiple: int
     flat: bool
+    counted: bool
 
-    def time(self, bucket: Bucket) -> float:
-        """Seconds of one full batch of a compiled shape."""
+    def time(self, bucket: Bucket, *, filled: bool) -> float:
+        """Seconds of one batch of a compiled shape, full or empty."""
 
     def allow(self, ladder: Ladder) -> None:
         """Let the shapes of a ladder be compiled."""
@@ -93,7 +95,8 @@ def refine(engine: Refinable, counts: npt.NDArray[np.int64], ahead: Ahead = not_
 
     The shapes that the engine has are timed first, and a fit to that says what others would take. Where there are flat
     ones, so is `wide`: the others say little of what places without a token cost. The small ones, which keep least to
-    the fit, are chosen from again once they are compiled and timed.
+    the fit, are chosen from again once they are compiled and timed. Where tokens are counted, shapes are timed full and
+    empty, and chosen by the fits to both alone.
 
     Args:
         engine: its ladder must be compiled.
@@ -115,21 +118,25 @@ def refine(engine: Refinable, counts: npt.NDArray[np.int64], ahead: Ahead = not_
         timed = old.having({*old.buckets, wide(engine)})
         ahead(timed)
         prepare(engine, timed)
-    cost = fit_cost(least_seconds(engine, timed.buckets))
+    cost = fitted(engine, least_seconds(engine, timed.buckets))
     likely = loads(within, engine.max_batch_tokens)
-    first = fewest(priced(engine, candidates(engine, within, cost), cost), likely, cost.of)
-    if compared(first, old, likely, cost.of) > 1 - GAIN:
+    first = fewest(priced(engine, candidates(engine, within, cost), cost), likely, cost.spent)
+    fewer = PRICE * (len(old) - len(first))
+    if compared(first, old, likely, cost.spent) - fewer > 1 - GAIN:
         return None
     ahead(first)
     prepare(engine, first)
     small = {bucket for bucket in (*old.buckets, *first.buckets) if bucket.tokens * SMALL <= first.batch_tokens}
+    if engine.counted:
+        # Full batches say nothing of others, and what is left to choose by keeps to the fit.
+        small = set()
     # The others again too: the machine may have become faster or slower since.
     measured = least_seconds(engine, {*timed.buckets, *small})
-    cost = fit_cost(measured)
+    cost = fitted(engine, measured)
     new = fewest(
         priced(engine, {*old.buckets, *first.buckets}, cost),
         likely,
-        lambda bucket: measured[bucket] if bucket in small else cost.of(bucket),
+        lambda bucket, tokens: measured[bucket] if bucket in small else cost.spent(bucket, tokens),
     )
     switch(engine, new)
     return new
@@ -144,14 +151,14 @@ def wide(engine: Refinable) -> Bucket:
 
 def priced(engine: Refinable, buckets: Iterable[Bucket], cost: Cost) -> Ladder:
     """A ladder that plans by what was measured, where that says how tokens and places compare."""
-    prices = cost.in_tokens if engine.flat and cost.token else engine.ladder.prices
+    prices = cost.in_tokens if engine.flat and cost.token + cost.real else engine.ladder.prices
     return Ladder(buckets, prices)
 
 
 def candidates(engine: Refinable, counts: npt.NDArray[np.int64], cost: Cost) -> set[Bucket]:
     """Shapes for inputs like these, those that are there, and those to begin with, for what else may come."""
     sizes = {"max_batch_tokens": engine.max_batch_tokens, "batch_multiple": engine.batch_multiple}
-    default = Ladder.default(max_length=engine.ladder.max_length, flat=engine.flat, **sizes)
+    default = Ladder.default(max_length=engine.ladder.max_length, flat=engine.flat, counted=engine.counted, **sizes)
     if engine.flat:
         wanted = flat_ladder(counts, cost, engine.max_batch_tokens)
     else:
@@ -159,16 +166,29 @@ def candidates(engine: Refinable, counts: npt.NDArray[np.int64], cost: Cost) -> 
     return {*wanted.buckets, *engine.ladder.buckets, *default.buckets}
 
 
-def least_seconds(engine: Refinable, buckets: Iterable[Bucket]) -> dict[Bucket, float]:
-    """Shape -> seconds of a full batch, the least of several.
+def least_seconds(engine: Refinable, buckets: Iterable[Bucket], *, filled: bool = True) -> dict[Bucket, float]:
+    """Shape -> seconds of a batch, full or empty, the least of several.
 
     All of them are timed in turns, so that other work in between strikes them alike.
     """
     found = dict.fromkeys(buckets, math.inf)
     for _ in range(ROUNDS):
         for bucket, least in found.items():
-            found[bucket] = min(least, engine.time(bucket))
+            found[bucket] = min(least, engine.time(bucket, filled=filled))
     return found
+
+
+def fitted(engine: Refinable, measured: Mapping[Bucket, float]) -> Cost:
+    """The cost that explains the times of full batches; where tokens are counted, of flat ones, and of empty ones.
+
+    What an empty batch takes is for its shape: tokens that there is room for, and places that attention lays out. The
+    call of a full one takes longer, since it has to read the weights.
+    """
+    flat = {bucket: seconds for bucket, seconds in measured.items() if bucket.flat}
+    if not engine.counted or not flat:
+        return fit_cost(measured)
+    full, empty = fit_cost(flat), fit_cost(least_seconds(engine, flat, filled=False))
+    return empty._replace(call=full.call, real=max(0.0, full.token - empty.token))
 
 
 def switch(engine: Refinable, ladder: Ladder) -> None:

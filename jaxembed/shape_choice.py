@@ -13,11 +13,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from jaxembed.buckets import MEAN, Ladder, flat_shape, flat_shapes, rungs
+from jaxembed.buckets import MEAN, Ladder, flat_shape, flat_shapes, rungs, single
 from jaxembed.cost import Cost
 from jaxembed.types import Bucket
 
-__all__ = ["choose_lengths", "compared", "fewest", "flat_ladder", "loads", "mean_length", "spent"]
+__all__ = ["PRICE", "choose_lengths", "compared", "fewest", "flat_ladder", "loads", "mean_length", "spent"]
 
 WORTH = 0.01
 """A further length must save this share of the whole cost: each is several shapes to compile."""
@@ -58,8 +58,8 @@ JOB = 2.0
 Counts = npt.NDArray[np.int64]
 """int64 [max_length + 1]: inputs of each length from 0 on."""
 
-Seconds = Callable[[Bucket], float]
-"""What one batch of a shape takes."""
+Seconds = Callable[[Bucket, int], float]
+"""What one batch of a shape takes, with so many tokens in it."""
 
 Group = tuple[int, ...]
 """Lengths of inputs that are planned together."""
@@ -128,7 +128,8 @@ def flat_ladder(counts: Counts, cost: Cost, max_batch_tokens: int) -> Ladder:
     Single rows are padded, and so are full batches of rows that are alike, as out of a large job: of these there are
     shapes of many lengths. What happened to come together is of all lengths: for that there are flat shapes, of few
     lengths, since only attention pads, but of many sizes. And of each size there is one for rows of any number and
-    length, which is all that is needed where not even attention pads.
+    length, which is all that is needed where not even attention pads. Where tokens are counted (`Cost.real`) padded
+    shapes are only for what no batch of several rows holds.
 
     Args:
         counts: int64 [max_length + 1], inputs of each length.
@@ -137,9 +138,11 @@ def flat_ladder(counts: Counts, cost: Cost, max_batch_tokens: int) -> Ladder:
     """
     shapes = []
     for length in choose_lengths(counts, cost.of_row):
-        shapes += [Bucket(1, length), Bucket(max(1, max_batch_tokens // length), length)]
+        shapes.append(single(length, max_batch_tokens, counted=cost.real > 0))
+        if not cost.real:
+            shapes.append(Bucket(max(1, max_batch_tokens // length), length))
     sizes = [size for part in SIZES if (size := int(max_batch_tokens * part)) >= LEAST]
-    fixed = cost.token * float(np.dot(counts, np.arange(len(counts))))
+    fixed = (cost.token + cost.real) * float(np.dot(counts, np.arange(len(counts))))
     before = -1
     for length in choose_lengths(counts, cost.of_places, fixed=fixed, worth=FLAT_WORTH):
         shapes += flat_shapes(length, sizes, mean_length(counts, before + 1, length) or MEAN * length)
@@ -202,8 +205,9 @@ def compared(ladder: Ladder, other: Ladder, wanted: Sequence[Load], seconds: Sec
 
 def planned(ladder: Ladder, group: Group, seconds: Seconds) -> Planned:
     """A group by the plan of a ladder."""
-    buckets = [plan.bucket for plan in ladder.plan(group)]
-    return Planned(sum(map(seconds, buckets)), frozenset(buckets))
+    plans = ladder.plan(group)
+    total = sum(seconds(plan.bucket, sum(group[item] for item in plan.items)) for plan in plans)
+    return Planned(total, frozenset(plan.bucket for plan in plans))
 
 
 def fewest(ladder: Ladder, wanted: Sequence[Load], seconds: Seconds) -> Ladder:
@@ -212,7 +216,7 @@ def fewest(ladder: Ladder, wanted: Sequence[Load], seconds: Seconds) -> Ladder:
     Args:
         ladder: shapes to choose from. One of the greatest length always stays.
         wanted: what they are for.
-        seconds: of a batch of a shape.
+        seconds: of a batch.
     """
     now: dict[Group, Planned] = {}
     weights: defaultdict[Group, float] = defaultdict(float)

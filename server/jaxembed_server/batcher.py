@@ -60,9 +60,12 @@ class Engine(Protocol):
     def run(self, batch: Batch) -> npt.NDArray[np.float32]:
         """Float32 [n, dimension], one row for each real row of the batch; blocks."""
 
+    def computed(self, batch: Batch) -> int:
+        """Tokens that `run` computes, padding included."""
 
-Observer = Callable[[Bucket, int, int, float], None]
-"""Told of each batch: bucket, rows, real tokens, seconds."""
+
+Observer = Callable[[Bucket, int, int, int, float], None]
+"""Told of each batch: bucket, rows, real tokens, tokens computed, seconds."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -89,9 +92,7 @@ class Batcher:
         observer: told of each batch, in a device thread.
     """
 
-    def __init__(
-        self, engine: Engine, *, max_queue_tokens: int, observer: Observer = lambda bucket, rows, tokens, seconds: None
-    ) -> None:
+    def __init__(self, engine: Engine, *, max_queue_tokens: int, observer: Observer = lambda *told: None) -> None:
         self._engine = engine
         self._max_queue_tokens = max_queue_tokens
         self._observer = observer
@@ -321,7 +322,7 @@ class Batcher:
 
     def _measure(self, batch: Batch, seconds: float) -> None:
         tokens = int(batch.column(Column.LENGTH).sum())
-        self._observer(batch.bucket, batch.rows, tokens, seconds)
+        self._observer(batch.bucket, batch.rows, tokens, self._engine.computed(batch), seconds)
         with self._lock:
             # Tokens and seconds fade separately: their ratio is the rate, and a small batch counts as little as it is.
             self._run_tokens = FADING * self._run_tokens + tokens

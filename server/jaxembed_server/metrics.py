@@ -44,12 +44,12 @@ class Metrics:
         counter.inc()
         latency.observe(seconds)
 
-    def batch(self, bucket: Bucket, rows: int, tokens: int, seconds: float) -> None:
+    def batch(self, bucket: Bucket, rows: int, tokens: int, computed: int, seconds: float) -> None:
         """A batch was run."""
         self._batches.labels(str(bucket)).inc()
         self._rows.observe(rows)
         self._tokens.inc(tokens)
-        self._padded.inc(bucket.tokens)
+        self._padded.inc(computed)
         self._seconds.observe(seconds)
 
     def watch(self, *, queued: Callable[[], float], ready: Callable[[], float], buckets: Callable[[], float]) -> None:

@@ -74,9 +74,14 @@ def load_model(config: ServerConfig, progress: Progress) -> Loaded:
         max_batch_tokens=config.max_batch_tokens,
     )
     engine, ladder = embedder.engine, embedder.engine.ladder
+    # Those that an earlier start has chosen, if they are still there.
+    chosen_before = engine.kept() if config.refine_after else None
+    if chosen_before is not None and all(map(engine.cached, chosen_before.buckets)):
+        ladder = chosen_before
     # What is only to be loaded can come while the first requests are answered; what must be compiled would take the
     # cores from them for long.
     first = ladder.smallest() if all(map(engine.cached, ladder.buckets)) else ladder
+    engine.allow(first)
     total, done = len(first), 0
     progress(done, total)
 

@@ -31,7 +31,7 @@ def test_no_other_factors_fit_better(seed: int) -> None:
     sizes = np.array([(1, b.tokens, b.places, b.places * b.seq_len) for b in buckets], np.float64)
     want, _ = nnls(sizes / sizes.max(axis=0) / seconds[:, None], np.ones(len(seconds)))
     found = fit_cost(dict(zip(buckets, seconds, strict=True)))
-    np.testing.assert_allclose(np.array(found) * sizes.max(axis=0), want, rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(np.array(found[:4]) * sizes.max(axis=0), want, rtol=1e-6, atol=1e-12)
 
 
 def test_in_tokens() -> None:

@@ -1,5 +1,6 @@
 """Shapes by what comes, on a real engine: the choice, the swap, and what stays as it was."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -20,6 +21,11 @@ from jaxembed.warmup import use_cache
 COST = Cost(call=0.003, token=4e-5, place=1e-5, pair=5e-8)
 
 
+def taking(cost: Cost) -> Callable[..., float]:
+    """`Engine.time` of an engine whose batches cost that."""
+    return lambda bucket, *, filled: cost.spent(bucket, bucket.flat if filled else 0)
+
+
 def test_a_histogram_counts() -> None:
     """By length, from any number of calls."""
     seen = Histogram(5)
@@ -38,7 +44,7 @@ def test_a_real_engine_changes_its_ladder(tiny_folder: str) -> None:
     encodings = embedder.tokenizer.encode_texts(texts)
     planned = pack(old.buckets[0], [Row(encodings[0], 16, False, 0)])
     # This model takes microseconds, in which no length counts for more than another.
-    engine.time = COST.of
+    engine.time = taking(COST)
     new = embedder.refine(texts)
     assert engine.ladder is new is not old
     assert {bucket.seq_len for bucket in new.buckets if not bucket.flat} == {6, 10, 32}
@@ -55,7 +61,7 @@ def test_several_devices_refine_padded_shapes(tiny_folder: str, multiple: int, l
     embedder = Embedder.from_pretrained(tiny_folder, mesh=make_mesh(jax.devices()[:2]), max_batch_tokens=64)
     texts = ["a b c"] * 50 + ["a b c d e f g h"] * 30
     before = embedder.encode(texts)
-    embedder.engine.time = COST.of
+    embedder.engine.time = taking(COST)
     embedder.engine.length_multiple = multiple
     new = embedder.refine(texts)
     assert not any(bucket.flat or bucket.batch_size % 2 for bucket in new.buckets)
@@ -67,7 +73,7 @@ def test_several_devices_refine_padded_shapes(tiny_folder: str, multiple: int, l
 def test_planning_goes_by_what_was_measured(tiny_folder: str, cost: Cost) -> None:
     """Prices are those of the fit; where places cost nothing, a few shapes take rows of any length."""
     engine = Embedder.from_pretrained(tiny_folder, mesh=make_mesh(jax.devices()[:1])).engine
-    engine.time = cost.of
+    engine.time = taking(cost)
     # What is chosen is the question, and no shape need be compiled for that.
     engine.compile = engine.adopt = lambda _: None
     counts = np.zeros(33, np.int64)
@@ -85,7 +91,7 @@ def test_what_saves_nothing_is_not_compiled(tiny_folder: str) -> None:
     engine = embedder.engine
     for bucket in engine.ladder.buckets:
         engine.compile(bucket)
-    engine.time = COST.of
+    engine.time = taking(COST)
     counts = np.zeros(33, np.int64)
     counts[32] = 1000
     old = refine(engine, counts)
@@ -101,7 +107,7 @@ def test_shapes_can_be_made_ready_elsewhere_first(tiny_folder: str) -> None:
     engine = embedder.engine
     for bucket in engine.ladder.buckets:
         engine.compile(bucket)
-    engine.time = COST.of
+    engine.time = taking(COST)
     counts = np.zeros(33, np.int64)
     counts[[5, 20]] = 1000
     told: list[tuple[frozenset[Bucket], frozenset[Bucket]]] = []
@@ -118,7 +124,7 @@ def test_a_small_shape_that_proves_slow_is_left_out(tiny_folder: str) -> None:
     """What the fit cannot tell, as that one row of 10 tokens takes longer than one of 16, is measured."""
     embedder = Embedder.from_pretrained(tiny_folder, mesh=make_mesh(jax.devices()[:1]))
     engine = embedder.engine
-    engine.time = lambda bucket: COST.of(bucket) * (1.5 if bucket == Bucket(1, 10) else 1.0)
+    engine.time = lambda bucket, *, filled: COST.of(bucket) * (1.5 if bucket == Bucket(1, 10) else 1.0)
     new = embedder.refine(["a b c d e f g h"] * 50)
     assert Bucket(1, 10) not in new.buckets
     assert {Bucket(1, 16), Bucket(13, 10, 128), Bucket(51, 10)} <= set(new.buckets)
@@ -204,7 +210,7 @@ def test_a_failure_leaves_the_old_ladder(tiny_folder: str) -> None:
     """A shape that does not compile raises, and nothing was swapped."""
     embedder = Embedder.from_pretrained(tiny_folder, mesh=make_mesh(jax.devices()[:1]))
     engine, old = embedder.engine, embedder.engine.ladder
-    engine.time = COST.of
+    engine.time = taking(COST)
 
     def fail(bucket: Bucket) -> None:
         if bucket not in {*old.buckets, wide(engine)}:

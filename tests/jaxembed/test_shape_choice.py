@@ -131,7 +131,7 @@ def test_each_shape_that_is_left_saves_its_price(seed: int) -> None:
     counts = some(seed, 32)
     noise = np.random.default_rng(seed).uniform(0.8, 1.25, (65, 33, 65))
 
-    def seconds(bucket: Bucket) -> float:
+    def seconds(bucket: Bucket, tokens: int) -> float:
         return COST.of(bucket) * float(noise[bucket])
 
     wanted, all_of_them = loads(counts, 64), everything(counts, 64)
@@ -159,11 +159,11 @@ def test_texts_of_lengths_that_did_not_come_are_thought_of() -> None:
     counts = np.zeros(257, np.int64)
     counts[4:21] = 100
     before, wanted = everything(counts, 512), loads(counts, 512)
-    after = fewest(before, wanted, COST.of)
+    after = fewest(before, wanted, COST.spent)
     assert len(after) < len(before) / 1.5
     for length in rungs(256):
         alone = Load({(length,): 1}, [])
-        assert spent(after, alone, COST.of) < 1.5 * spent(before, alone, COST.of)
+        assert spent(after, alone, COST.spent) < 1.5 * spent(before, alone, COST.spent)
 
 
 def test_ladders_are_compared_by_what_came() -> None:
@@ -171,12 +171,14 @@ def test_ladders_are_compared_by_what_came() -> None:
     short, long = Load({(8,): 3}, [(64,)]), Load({(64,): 1, (8,): 1}, [], weight=3.0)
     old, new = Ladder([Bucket(1, 16), Bucket(1, 64)]), Ladder([Bucket(1, 8), Bucket(1, 64)])
     seconds = {Bucket(1, 8): 1.0, Bucket(1, 16): 2.0, Bucket(1, 64): 6.0}
-    assert compared(new, old, [short, long], seconds.__getitem__) == pytest.approx((1 / 2 + 3 * 7 / 8) / 4)
+    assert compared(new, old, [short, long], lambda bucket, tokens: seconds[bucket]) == pytest.approx(
+        (1 / 2 + 3 * 7 / 8) / 4
+    )
 
 
 def test_one_shape_is_left_at_least() -> None:
     """Of the greatest length; and batches cost what they did."""
     ladder = Ladder([Bucket(1, 8), Bucket(2, 64)], COST.in_tokens)
-    found = fewest(ladder, loads(np.eye(65, dtype=np.int64)[64], 128), COST.of)
+    found = fewest(ladder, loads(np.eye(65, dtype=np.int64)[64], 128), COST.spent)
     assert found.buckets == (Bucket(2, 64),) and found.prices == COST.in_tokens
-    assert fewest(found, loads(np.eye(65, dtype=np.int64)[3], 128), COST.of) is found
+    assert fewest(found, loads(np.eye(65, dtype=np.int64)[3], 128), COST.spent) is found

@@ -66,6 +66,9 @@ class FakeEngine:
         vectors = np.stack([vector(ids[:n]) for ids, n in zip(batch.input_ids, lengths, strict=True)])
         return self.spoil(vectors[: batch.rows])
 
+    def computed(self, batch: Batch) -> int:
+        return batch.bucket.tokens
+
     @property
     def rows(self) -> int:
         return sum(batch.rows for batch in self.batches)

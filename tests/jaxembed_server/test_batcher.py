@@ -474,4 +474,4 @@ def test_the_observer_is_told_of_every_batch() -> None:
         batcher.close()
 
     asyncio.run(main())
-    assert [(bucket, rows, tokens) for bucket, rows, tokens, _ in told] == [(Bucket(4, 4), 2, 3)]
+    assert [batch[:-1] for batch in told] == [(Bucket(4, 4), 2, 3, 16)]

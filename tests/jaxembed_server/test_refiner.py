@@ -22,12 +22,13 @@ class Engine(FakeEngine):
 
     def __init__(self) -> None:
         super().__init__(Ladder([Bucket(1, 16), Bucket(4, 16)]))
-        self.max_batch_tokens, self.batch_multiple, self.length_multiple, self.flat = 64, 1, 1, False
+        self.max_batch_tokens, self.batch_multiple, self.length_multiple = 64, 1, 1
+        self.flat = self.counted = False
         self.made: list[Bucket] = []
         self.broken = False
         self.chosen: Ladder | None = None
 
-    def time(self, bucket: Bucket) -> float:
+    def time(self, bucket: Bucket, *, filled: bool) -> float:
         return bucket.tokens / 1e6
 
     def allow(self, ladder: Ladder) -> None: ...
