@@ -69,8 +69,8 @@ def attention(
     hidden = bias is not None or causal or window is not None
     if kernels is not None and kernels.cpu_tokens and not hidden and cpu_attention_takes(width):
         told = (rows.starts, rows.lengths, jnp.sum(rows.mask, axis=1, dtype=jnp.int32))
-        options = {"head_dim": width, "scale": scale, "dtype": dtype, "tokens": tokens_there(query)}
-        return cpu_kernels.attention(query, key, value, *told, **options)
+        there = tokens_there(query)
+        return cpu_kernels.attention(query, key, value, *told, head_dim=width, scale=scale, dtype=dtype, tokens=there)
     query, key, value = (rows.apart(x) for x in (query, key, value))
     plain = partial(plain_attention, heads=heads, dtype=dtype, scale=scale)
     if bias is None and window is not None and in_blocks_pays(length, causal, window):

@@ -59,25 +59,30 @@ def rungs(max_length: int) -> list[int]:
     return [*lengths, max_length]
 
 
-def flat_shape(rows: int, length: int, tokens: int) -> Bucket:
-    """The shape of so many rows of up to `length` tokens, `tokens` together: flat unless they fill all places."""
-    return Bucket(rows, length, 0 if rows * length == tokens else tokens)
+def flat_shape(rows: int, length: int, tokens: int, *, counted: bool = False) -> Bucket:
+    """The shape of so many rows of up to `length` tokens, `tokens` together.
+
+    Flat, unless they fill all places and are not counted.
+    """
+    return Bucket(rows, length, 0 if rows * length == tokens and not counted else tokens)
 
 
 def single(length: int, max_batch_tokens: int, *, counted: bool) -> Bucket:
-    """The shape of a single row, padded; where tokens are counted, flat, with room for others, unless it is very long."""
-    return Bucket(2, length, length) if counted and 1 < length <= max_batch_tokens else Bucket(1, length)
+    """The shape of a single row: padded, or flat where tokens are counted, unless it is longer than a batch."""
+    return flat_shape(1, length, length, counted=counted and length <= max_batch_tokens)
 
 
-def flat_shapes(length: int, sizes: Iterable[int], mean: float) -> list[Bucket]:
-    """The shapes of several rows of up to `length` tokens, flat unless tokens fill all places.
+def flat_shapes(length: int, sizes: Iterable[int], mean: float, *, counted: bool = False) -> list[Bucket]:
+    """The shapes of several rows of up to `length` tokens, each a `flat_shape`.
 
     Args:
         length: T.
         sizes: N; there is no shape of one that does not hold two rows of T.
         mean: length of the rows, which says how many there is room for.
+        counted: whether the tokens that there are are counted.
     """
-    return [flat_shape(math.ceil(size / min(mean, length)), length, size) for size in sizes if size >= 2 * length]
+    rows = min(mean, length)
+    return [flat_shape(math.ceil(size / rows), length, size, counted=counted) for size in sizes if size >= 2 * length]
 
 
 class Ladder:
@@ -162,7 +167,7 @@ class Ladder:
         sizes, step = [max_batch_tokens], COUNTED_STEP if counted else STEP
         while sizes[-1] >= step * SHORTEST:
             sizes.append(sizes[-1] // step)
-        several = [shape for length in lengths for shape in flat_shapes(length, sizes, MEAN * length)]
+        several = [shape for length in lengths for shape in flat_shapes(length, sizes, MEAN * length, counted=counted)]
         shapes = [*(single(length, max_batch_tokens, counted=counted) for length in lengths), *several]
         if counted:
             return cls(shapes, COUNTED_PRICES)
@@ -183,12 +188,20 @@ class Ladder:
         return cls(buckets)
 
     def smallest(self) -> "Ladder":
-        """Of each length the shape with the fewest rows: they take whatever this ladder takes, and are ready first."""
+        """Of each length the shape with the fewest rows: they take whatever this ladder takes, and are ready first.
+
+        Where tokens are counted, of those that are flat the smallest and the longest: between them it costs little that
+        there is room for more.
+        """
         found: dict[int, Bucket] = {}
         for bucket in self.buckets:
             # They stand in the order of their tokens.
             found.setdefault(bucket.seq_len, bucket)
-        return self.having(found.values())
+        flat = [bucket for bucket in found.values() if bucket.flat]
+        if not self.prices.real or not flat:
+            return self.having(found.values())
+        longest = max(flat, key=lambda bucket: bucket.seq_len)
+        return self.having([flat[0], longest, *(bucket for bucket in found.values() if not bucket.flat)])
 
     def having(self, buckets: Iterable[Bucket]) -> "Ladder":
         """A ladder of other shapes at the same prices."""

@@ -5,8 +5,8 @@ over short rows is many small steps. The source, in `cpp`, is compiled on the ma
 machine's C++ compiler, which knows the vectors that there are; without one everything is XLA's (docs/performance.md).
 Letters in shapes are those of `layers` and `tokens`.
 
-All of these functions are told how many tokens there are, of all lines together: what stands behind them is not looked at,
-and of what is given back there anything may stand. None: as many as there is room for.
+Each can be told how many tokens there are, of all lines together: what stands behind them is not looked at, and in the
+result anything may stand there.
 """
 
 import ctypes

@@ -17,7 +17,7 @@ from jaxembed.cost import Cost, fit_cost
 from jaxembed.shape_choice import PRICE, choose_lengths, compared, fewest, flat_ladder, loads
 from jaxembed.types import Bucket
 
-__all__ = ["Ahead", "Histogram", "Refinable", "least_seconds", "not_ahead", "refine", "switch", "wide"]
+__all__ = ["Ahead", "Histogram", "Refinable", "least_seconds", "not_ahead", "price", "refine", "switch", "wide"]
 
 SMALL = 4
 """Shapes of at most a full batch over this are timed before they are chosen: they keep least to the fit."""
@@ -29,8 +29,8 @@ ROUNDS = 3
 """How often a shape is timed."""
 
 GAIN = 0.03
-"""A new ladder must save this share of what inputs take by the old one, in the mean over `shape_choice.loads`, its shapes'
-prices included."""
+"""A new ladder must save this share of what inputs take by the old one, in the mean over `shape_choice.loads`. A shape
+less is worth its price there."""
 
 
 class Histogram:
@@ -140,6 +140,18 @@ def refine(engine: Refinable, counts: npt.NDArray[np.int64], ahead: Ahead = not_
     )
     switch(engine, new)
     return new
+
+
+def price(engine: Refinable) -> Ladder:
+    """Have an engine whose flat shapes count tokens plan its shapes by what they take.
+
+    Returns:
+        The same shapes with other prices.
+    """
+    buckets = engine.ladder.buckets
+    ladder = priced(engine, buckets, fitted(engine, least_seconds(engine, buckets)))
+    switch(engine, ladder)
+    return ladder
 
 
 def wide(engine: Refinable) -> Bucket:

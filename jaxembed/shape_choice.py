@@ -136,20 +136,21 @@ def flat_ladder(counts: Counts, cost: Cost, max_batch_tokens: int) -> Ladder:
         cost: of shapes.
         max_batch_tokens: of the largest shapes of several rows.
     """
-    shapes = []
+    shapes, counted = [], cost.real > 0
     for length in choose_lengths(counts, cost.of_row):
-        shapes.append(single(length, max_batch_tokens, counted=cost.real > 0))
-        if not cost.real:
+        shapes.append(single(length, max_batch_tokens, counted=counted))
+        if not counted:
             shapes.append(Bucket(max(1, max_batch_tokens // length), length))
     sizes = [size for part in SIZES if (size := int(max_batch_tokens * part)) >= LEAST]
     fixed = (cost.token + cost.real) * float(np.dot(counts, np.arange(len(counts))))
     before = -1
     for length in choose_lengths(counts, cost.of_places, fixed=fixed, worth=FLAT_WORTH):
-        shapes += flat_shapes(length, sizes, mean_length(counts, before + 1, length) or MEAN * length)
+        mean = mean_length(counts, before + 1, length) or MEAN * length
+        shapes += flat_shapes(length, sizes, mean, counted=counted)
         before = length
     longest, short = len(counts) - 1, max(1, sampled(counts, round(0.5 / SHORT))[0])
     for size in sizes:
-        shapes.append(flat_shape(math.ceil(size / short), min(size, longest), size))
+        shapes.append(flat_shape(math.ceil(size / short), min(size, longest), size, counted=counted))
     return Ladder(shapes)
 
 

@@ -70,7 +70,7 @@ class Bucket(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Tokens the device computes for this shape, padding included."""
+        """Tokens that there is room for: what the device computes, unless it counts those that there are."""
         return self.flat or self.places
 
     @property

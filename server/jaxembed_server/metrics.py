@@ -26,7 +26,7 @@ class Metrics:
         # To look labels up costs more than to count.
         self._answers: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
         self._tokens = Counter("jaxembed_tokens_total", "Real tokens run on the device", registry=own)
-        self._padded = Counter("jaxembed_padded_tokens_total", "Tokens run, padding included", registry=own)
+        self._padded = Counter("jaxembed_padded_tokens_total", "Tokens computed, padding included", registry=own)
         self._batches = Counter("jaxembed_batches_total", "Batches run", ["bucket"], registry=own)
         self._rows = Histogram("jaxembed_batch_rows", "Real rows of a batch", buckets=ROWS, registry=own)
         self._seconds = Histogram("jaxembed_batch_seconds", "Device time of a batch", buckets=LATENCY, registry=own)

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from jaxembed import memory
 from jaxembed.buckets import Ladder
-from jaxembed.refinement import Ahead, Histogram, Refinable, not_ahead, refine, switch
+from jaxembed.refinement import Ahead, Histogram, Refinable, not_ahead, price, refine, switch
 from jaxembed.types import Bucket
 
 __all__ = ["REFINER_THREAD", "Engine", "Refiner"]
@@ -81,8 +81,11 @@ class Refiner:
 
     def _work(self) -> None:
         changed = self._begin(self._engine.ladder.having(self._buckets))
-        if self._next and (kept := self._engine.kept()) is not None:
+        kept = self._engine.kept() if self._next else None
+        if kept is not None:
             changed |= self._begin(kept)
+        elif self._next and self._engine.counted and not self._closed:
+            self._price()
         if changed:
             self._tidy()
         while self._next:
@@ -93,6 +96,16 @@ class Refiner:
                 self._next = self._count * AGAIN
             self._refine()
             self._tidy()
+
+    def _price(self) -> None:
+        """Plan by what the first shapes take on this machine, and begin with that the next time."""
+        try:
+            ladder = price(self._engine)
+            self._engine.keep(ladder)
+        except Exception:  # Whatever a device raises: the prices that are there do.
+            logger.exception("the shapes could not be timed")
+        else:
+            logger.info("the ladder is priced: %s", ladder.prices)
 
     def _refine(self) -> None:
         """Choose shapes by what came."""

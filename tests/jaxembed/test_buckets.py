@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxembed.buckets import PRICES, Ladder
+from jaxembed.buckets import PRICES, Ladder, rungs
 from jaxembed.cost import Cost
 from jaxembed.errors import BucketError
 from jaxembed.types import Bucket
@@ -324,6 +324,31 @@ def test_impossible_default_ladders_are_refused(arguments: dict[str, int]) -> No
     """Each number must be at least 1."""
     with pytest.raises(BucketError, match="each must be at least 1"):
         Ladder.default(**arguments)
+
+
+@pytest.mark.parametrize("max_length", [16, 100, 512, 2000])
+def test_where_tokens_are_counted_fewer_shapes_will_do(max_length: int) -> None:
+    """None but of very long rows is padded; where places cost nothing, what one batch has room for is one."""
+    sizes = {"max_length": max_length, "max_batch_tokens": 512, "flat": True}
+    ladder, other = Ladder.default(**sizes, counted=True), Ladder.default(**sizes)
+    assert len(ladder) < len(other)
+    assert {bucket.seq_len for bucket in ladder.buckets if not bucket.flat} == {n for n in rungs(max_length) if n > 512}
+    assert ladder.max_length == max_length
+    ladder.prices = ladder.prices._replace(place=0.0, pair=0.0)
+    lengths = [min(max_length, 20)] * 10
+    assert len(ladder.plan(lengths)) == 1
+    assert ladder.first_batch(lengths).items == tuple(range(10))
+
+
+@pytest.mark.parametrize("max_length", [16, 100, 2000])
+def test_where_tokens_are_counted_two_shapes_begin(max_length: int) -> None:
+    """The smallest and the longest, and those of longer rows; they cost what they did, and take everything."""
+    ladder = Ladder.default(max_length=max_length, max_batch_tokens=512, flat=True, counted=True)
+    small = ladder.smallest()
+    assert small.prices == ladder.prices and small.max_length == max_length
+    assert len([bucket for bucket in small.buckets if bucket.flat]) == (1 if max_length == 16 else 2)
+    assert small.buckets[0] == ladder.buckets[0]
+    assert all(small.fitting(length) for length in rungs(max_length))
 
 
 def test_the_smallest_shapes_take_whatever_the_ladder_takes() -> None:

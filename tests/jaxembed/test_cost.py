@@ -40,3 +40,18 @@ def test_in_tokens() -> None:
     assert prices.token + prices.place == pytest.approx(1.0)
     one, other = Bucket(4, 16), Bucket(8, 64, 200)
     assert prices.of(one) / prices.of(other) == pytest.approx(COST.of(one) / COST.of(other))
+
+
+COUNTED = Cost(call=0.002, token=2e-6, place=0.0, pair=0.0, real=2e-4)
+"""Flat shapes compute the tokens that there are."""
+
+
+def test_tokens_that_are_there_are_paid_for_apart() -> None:
+    """By what stands in a flat shape; by all that a padded one has room for."""
+    flat, padded = Bucket(8, 64, 256), Bucket(4, 64)
+    assert COUNTED.of(flat) == pytest.approx(0.002 + 256 * 2e-6)
+    assert COUNTED.spent(flat, 100) == pytest.approx(COUNTED.of(flat) + 100 * 2e-4)
+    assert COUNTED.of(padded) == pytest.approx(0.002 + 256 * (2e-6 + 2e-4))
+    assert COST.spent(flat, 100) == COST.of(flat)
+    assert COUNTED.in_tokens.real == pytest.approx(2e-4 / (2e-6 + 2e-4))
+    assert COUNTED.of_row(10) == pytest.approx(10 * (2e-6 + 2e-4))

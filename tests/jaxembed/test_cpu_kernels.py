@@ -168,6 +168,30 @@ def test_feed_forward_in_bfloat16(inner: int, width: int) -> None:
     check_feed_forward(inner, width, "gelu", "bfloat16")
 
 
+@pytest.mark.parametrize("tokens", [-1, 0, 1, 7, 40, 99, 100, 101])
+def test_only_the_tokens_that_there_are(tokens: int) -> None:
+    """Whatever stands behind them; no more than there is room for, and as many as are told."""
+    x, residual = normal(1, 100, 64), normal(1, 100, 64, seed=1)
+    up, down = normal(96, 64, seed=2), normal(64, 96, seed=3)
+    there = min(max(tokens, 0), 100)
+    spoilt = x.copy()
+    spoilt[0, there:] = np.nan
+    row = (jnp.zeros(1, jnp.int32), jnp.full(1, there, jnp.int32), jnp.full(1, there, jnp.int32))
+    norm = (jnp.ones(64), None, 1e-5)
+
+    def calls(x: jax.Array, tokens: Any) -> list[jax.Array]:
+        return [
+            *cpu_kernels.products(x, [(jnp.asarray(up), None)] * 2, "gelu", tokens=tokens),
+            cpu_kernels.linear_norm(x, (jnp.eye(64), None), jnp.asarray(residual), norm, tokens=tokens),
+            cpu_kernels.feed_forward(x, (jnp.asarray(up), None), (jnp.asarray(down), None), None, norm, tokens=tokens),
+            cpu_kernels.attention(x, x, x, *row, head_dim=HEAD, scale=1.0, dtype=FLOAT32, tokens=tokens),
+        ]
+
+    some = jax.jit(calls)(spoilt, jnp.asarray(tokens, jnp.int32))
+    for got, wanted in zip(some, jax.jit(lambda x: calls(x, None))(x), strict=True):
+        np.testing.assert_allclose(got[:, :there], wanted[:, :there], rtol=0, atol=2e-6)
+
+
 def test_gelu_far_from_zero() -> None:
     """As XLA's, to rounding, for numbers of every size; and NaN stays NaN."""
     x = np.concatenate([np.linspace(-30, 30, 4001), [-1e30, 1e30, -1e-30, 0.0, np.nan]]).astype(np.float32)[

@@ -85,6 +85,27 @@ def test_planning_goes_by_what_was_measured(tiny_folder: str, cost: Cost) -> Non
     assert all(bucket.seq_len == min(bucket.tokens, 32) for bucket in several) is (cost is not COST)
 
 
+def test_where_tokens_are_counted_a_few_shapes_will_do(tiny_folder: str) -> None:
+    """What a shape costs is told by empty batches, what a call and a token cost by full ones."""
+    engine = Embedder.from_pretrained(tiny_folder, mesh=make_mesh(jax.devices()[:1])).engine
+    own, call, real = Cost(call=3e-4, token=2e-6, place=1e-6, pair=0.0), 1.4e-3, 1.6e-4
+
+    def time(bucket: Bucket, *, filled: bool) -> float:
+        return own.of(bucket) + (call - own.call + real * bucket.tokens if filled else 0.0)
+
+    engine.counted, engine.time = True, time
+    engine.compile = engine.adopt = lambda _: None
+    engine.ladder = Ladder.default(max_length=32, max_batch_tokens=512, flat=True, counted=True)
+    counts = np.zeros(33, np.int64)
+    counts[6], counts[27] = 50, 20
+    new = refine(engine, counts)
+    assert new is not None and len(new) < len(engine.ladder) and all(bucket.flat for bucket in new.buckets)
+    expected = own._replace(call=call, real=real).in_tokens
+    np.testing.assert_allclose(new.prices, expected, rtol=1e-6, atol=1e-12)
+    engine.ladder = new
+    assert refine(engine, counts) is None
+
+
 def test_what_saves_nothing_is_not_compiled(tiny_folder: str) -> None:
     """Where the shapes there are do as well, whether inputs run one at a time or together."""
     embedder = Embedder.from_pretrained(tiny_folder, mesh=make_mesh(jax.devices()[:1]))

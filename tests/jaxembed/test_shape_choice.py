@@ -182,3 +182,18 @@ def test_one_shape_is_left_at_least() -> None:
     found = fewest(ladder, loads(np.eye(65, dtype=np.int64)[64], 128), COST.spent)
     assert found.buckets == (Bucket(2, 64),) and found.prices == COST.in_tokens
     assert fewest(found, loads(np.eye(65, dtype=np.int64)[3], 128), COST.spent) is found
+
+
+@pytest.mark.parametrize("lengths", [slice(4, 21), slice(4, 257), slice(200, 257)])
+def test_where_tokens_are_counted_a_few_shapes_are_chosen(lengths: slice) -> None:
+    """They take rows of any length, and inputs take as good as nothing beside the time of their tokens and calls."""
+    cost = Cost(call=1.4e-3, token=2e-6, place=0.0, pair=0.0, real=1.6e-4)
+    counts = np.zeros(257, np.int64)
+    counts[lengths] = 100
+    found = flat_ladder(counts, cost, 512)
+    assert all(bucket.flat for bucket in found.buckets)
+    wanted = loads(counts, 512)
+    chosen = fewest(Ladder(found.buckets, cost.in_tokens), wanted, cost.spent)
+    assert 1 <= len(chosen) <= 4 and chosen.batch_tokens == 512
+    for load in wanted:
+        assert spent(chosen, load, cost.spent) < 1.05 * spent(found, load, cost.spent)

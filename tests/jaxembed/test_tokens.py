@@ -64,6 +64,19 @@ def test_vectors_go_the_same_way() -> None:
     np.testing.assert_array_equal(rows.together(jnp.asarray(apart))[0, :5], x[0, :5])
 
 
+def test_nothing_looks_behind_the_last_token() -> None:
+    """What stands there may be no number at all."""
+    rows, _ = rows_of([2, 0, 3], spare=2, longer=2)
+    x = np.ones((1, 7, 4), np.float32)
+    x[0, 5:] = np.nan
+    line = jnp.asarray(x)
+    assert np.isfinite(rows.apart(line)).all()
+    assert np.isfinite(rows.one(line, jnp.asarray([1, 0, 4]))).all()
+    np.testing.assert_array_equal(rows.total(line, rows.mask.astype(jnp.float32))[:, 0], [2, 0, 3])
+    none = Rows.in_line(jnp.zeros(2, jnp.int32), jnp.zeros(2, jnp.int32), tokens=4, length=3)
+    np.testing.assert_array_equal(none.total(jnp.full((1, 4, 1), jnp.nan), jnp.ones((2, 3))), [[0], [0]])
+
+
 def test_a_row_may_have_tokens_that_attention_does_not_see() -> None:
     """They stand in the line all the same."""
     rows = Rows.in_line(jnp.asarray([4, 2]), jnp.asarray([3, 2]), tokens=6, length=4)

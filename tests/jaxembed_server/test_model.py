@@ -90,6 +90,22 @@ def test_what_the_cache_has_need_not_be_there_at_once(tiny_folder: Path, cache: 
     np.testing.assert_array_equal(vector(second, "a b c"), vector(first, "a b c"))
 
 
+def test_a_start_begins_with_what_an_earlier_one_chose(tiny_folder: Path, cache: Path) -> None:
+    """If all of it is there, and shapes are chosen at all."""
+    first = loaded(tiny_folder)
+    chosen = first.engine.ladder.having([Bucket(8, 12), Bucket(16, 12), Bucket(8, 32)])
+    first.engine.keep(chosen)
+    assert loaded(tiny_folder).buckets == first.buckets
+    first.engine.allow(chosen)
+    for bucket in chosen.buckets:
+        first.engine.compile(bucket)
+    second = loaded(tiny_folder)
+    assert second.buckets == chosen.buckets
+    assert second.engine.ladder.buckets == chosen.smallest().buckets == (Bucket(8, 12), Bucket(8, 32))
+    assert second.engine.compiled == set(second.engine.ladder.buckets)
+    assert loaded(tiny_folder, refine_after=0).buckets == first.buckets
+
+
 def test_a_process_beside_compiles_what_is_chosen(
     tiny_folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -101,6 +101,36 @@ def test_what_was_left_out_comes_at_once(after: int) -> None:
     refiner.close()
 
 
+@pytest.mark.parametrize(("after", "counted"), [(5, True), (5, False), (0, True)])
+def test_first_shapes_are_priced_where_tokens_are_counted(after: int, counted: bool) -> None:
+    """Before anything has come, and kept for the next start; what was kept is not timed again."""
+    engine = Engine()
+    engine.counted, first = counted, engine.ladder
+    refiner = Refiner(engine, [*first.buckets, Bucket(4, 8)], after=after)
+    eventually(lambda: Bucket(4, 8) in engine.ladder.buckets)
+    if after and counted:
+        eventually(lambda: engine.chosen is not None)
+        assert engine.chosen is engine.ladder
+    refiner.close()
+    assert (engine.chosen is not None) is bool(after and counted)
+
+
+def test_shapes_that_cannot_be_timed_serve_on(caplog: pytest.LogCaptureFixture) -> None:
+    """At the prices that they have."""
+    engine = Engine()
+    engine.counted, first = True, engine.ladder
+
+    def time(bucket: Bucket, *, filled: bool) -> float:
+        raise RuntimeError("no clock today")
+
+    engine.time = time  # type: ignore[method-assign]
+    with caplog.at_level(logging.ERROR):
+        refiner = Refiner(engine, after=5)
+        eventually(lambda: "could not be timed" in caplog.text)
+    refiner.close()
+    assert engine.ladder is first and engine.chosen is None
+
+
 def test_a_ladder_that_does_not_come_up_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
     """The part that is there serves on, and the looks go on."""
     engine = Engine()
