@@ -29,14 +29,16 @@ from transformers import (
     T5EncoderModel,
 )
 
-from jaxembed import Bucket, Ladder, cpu_kernels, kernel_choice, make_mesh
+from jaxembed import Bucket, Ladder, cpu_kernels, make_mesh, program
+from jaxembed import engine as engine_module
 from jaxembed.buckets import COUNTED_PRICES
 from jaxembed.engine import Engine
+from jaxembed.kernels import Kernels
 from jaxembed.loading import load
 from jaxembed.packing import Row, pack
 from jaxembed.types import Encoding, Output, PoolingMode
 
-pytestmark = pytest.mark.usefixtures("library", "cache", "poisoned")
+pytestmark = pytest.mark.usefixtures("library", "poisoned")
 
 LENGTHS = (5, 1, 16, 2)
 ROOM = Bucket(6, 16, 90)
@@ -45,8 +47,9 @@ ALONE = Bucket(1, 16)
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels are there, and what they leave as it was is NaN: it may be anything."""
-    monkeypatch.setattr(kernel_choice, "worth", lambda _: 512)
+    """The kernels are there, on one CPU, and what they leave as it was is NaN: it may be anything."""
+    for user in (engine_module, program):
+        monkeypatch.setattr(user, "kernels_on", lambda mesh, _: Kernels(mesh, cpu_tokens=512 * (mesh.size == 1)))
 
     def spoilt(call: Callable[..., Any]) -> Callable[..., Any]:
         def result(*given: Any, tokens: jax.Array | None = None, **options: Any) -> Any:

@@ -40,6 +40,7 @@ class FakeEngine:
     def __init__(self, ladder: Ladder | None = None, side_by_side: int = 1, *, shares_cores: bool = True) -> None:
         self.ladder = ladder or Ladder(Bucket(b, t) for b in (1, 4) for t in (4, 8, MAX_LENGTH))
         self.side_by_side, self.shares_cores = side_by_side, shares_cores
+        self.counted = False
         self.dimension = 4
         self.gate = threading.Event()
         self.gate.set()
