@@ -59,7 +59,7 @@ def forward(
     length, seen, line = bucket.seq_len, row[Column.LENGTH], None
     if bucket.flat:
         rows = Rows.in_line(row[Column.TOKENS], seen, tokens=bucket.flat, length=length)
-        line = Line(bucket.flat, jnp.sum(row[Column.TOKENS], dtype=jnp.int32))
+        line = Line(bucket.flat, rows.total_tokens)
     else:
         rows = Rows(jnp.arange(length, dtype=jnp.int32)[None] < seen[:, None])
     seconds = rows.each(row[Column.SECOND_START])

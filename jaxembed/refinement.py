@@ -126,10 +126,9 @@ def refine(engine: Refinable, counts: npt.NDArray[np.int64], ahead: Ahead = not_
         return None
     ahead(first)
     prepare(engine, first)
-    small = {bucket for bucket in (*old.buckets, *first.buckets) if bucket.tokens * SMALL <= first.batch_tokens}
-    if engine.counted:
-        # Full batches say nothing of others, and what is left to choose by keeps to the fit.
-        small = set()
+    # Where tokens are counted all of them keep to the fit, and full batches say nothing of others.
+    several = () if engine.counted else (*old.buckets, *first.buckets)
+    small = {bucket for bucket in several if bucket.tokens * SMALL <= first.batch_tokens}
     # The others again too: the machine may have become faster or slower since.
     measured = least_seconds(engine, {*timed.buckets, *small})
     cost = fitted(engine, measured)

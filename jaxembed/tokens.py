@@ -86,6 +86,11 @@ class Rows(NamedTuple):
         batch, length = self.mask.shape
         return jnp.full(batch, length, jnp.int32) if self.flat is None else self.flat.lengths
 
+    @property
+    def total_tokens(self) -> Int[Array, ""]:
+        """Tokens of all rows together, as `lengths`."""
+        return jnp.sum(self.lengths, dtype=jnp.int32)
+
     def apart(self, x: Shaped[Array, "L M *rest"]) -> Shaped[Array, "B T *rest"]:
         """What stands in lines, by rows. Behind a row's end some other token stands."""
         return x if self.flat is None else jnp.take(x[0], self.flat.line, axis=0, mode="clip")
@@ -109,7 +114,7 @@ class Rows(NamedTuple):
         line, starts = jnp.arange(x.shape[1], dtype=jnp.int32)[None], self.starts[:, None]
         own = (line >= starts) & (line < starts + self.lengths[:, None])
         spread = jnp.where(own, self.together(weights), 0.0)
-        there = jnp.arange(x.shape[1], dtype=jnp.int32)[:, None] < jnp.sum(self.lengths)
+        there = line[0][:, None] < self.total_tokens
         return jnp.matmul(spread, jnp.where(there, x[0], 0.0), precision=jax.lax.Precision.HIGHEST)
 
     def each(self, values: Shaped[Array, " B"]) -> Shaped[Array, "L _"]:

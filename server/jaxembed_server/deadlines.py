@@ -5,10 +5,9 @@ neither HTTP nor the model.
 """
 
 import asyncio
-from types import TracebackType
-from typing import Protocol
+from typing import Protocol, Self
 
-__all__ = ["Deadlines", "Late"]
+__all__ = ["Deadlines", "Interruption", "Late"]
 
 
 class Late(Protocol):
@@ -70,34 +69,52 @@ class Deadlines:
             what.late()
 
 
-class Timeout:
+class Interruption:
+    """Cancels, from without, what a task does inside it, and then ends that cancellation.
+
+    Args:
+        deadlines: begins and ends with it.
+    """
+
+    __slots__ = ("_cancelling", "_deadlines", "_task", "cancelled")
+
+    def __init__(self, deadlines: Deadlines) -> None:
+        self._deadlines = deadlines
+        self.cancelled = False
+
+    def __enter__(self) -> Self:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._cancelling = task.cancelling()
+        self._deadlines.begin(self)
+        return self
+
+    def late(self) -> None:
+        """It takes too long."""
+        self.cancel()
+
+    def cancel(self) -> None:
+        """Now."""
+        self.cancelled = True
+        self._task.cancel()
+
+    def ended(self, error: BaseException | None) -> bool:
+        """At its end: whether an error is this cancellation. Others may have cancelled the task too: that goes on."""
+        self._deadlines.end(self)
+        ours = self.cancelled and self._task.uncancel() <= self._cancelling
+        return ours and isinstance(error, asyncio.CancelledError)
+
+
+class Timeout(Interruption):
     """Cancels what its task does inside it once it is late, and has that end as a TimeoutError.
 
     Raises:
         TimeoutError: at its end, if it was late and nobody else cancelled the task.
     """
 
-    __slots__ = ("_cancelling", "_deadlines", "_late", "_task")
+    __slots__ = ()
 
-    def __init__(self, deadlines: Deadlines) -> None:
-        self._deadlines = deadlines
-        self._late = False
-
-    def __enter__(self) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._task = task
-        self._cancelling = task.cancelling()
-        self._deadlines.begin(self)
-
-    def late(self) -> None:
-        self._late = True
-        self._task.cancel()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._deadlines.end(self)
-        # Others may have cancelled the task too: that goes on.
-        if self._late and self._task.uncancel() <= self._cancelling and isinstance(error, asyncio.CancelledError):
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self.ended(error):
             raise TimeoutError from error

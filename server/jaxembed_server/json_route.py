@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from jaxembed_server.config import ServerConfig
-from jaxembed_server.deadlines import Deadlines
+from jaxembed_server.deadlines import Deadlines, Interruption
 from jaxembed_server.errors import ApiError, invalid
 from jaxembed_server.exchange import Exchange
 from jaxembed_server.metrics import Metrics
@@ -104,7 +104,7 @@ class JsonRoute:
                 rest.cancel()
 
 
-class Cancelled:
+class Cancelled(Interruption):
     """Cancels what runs inside it when the client has gone; then it is true, and the cancellation ends here.
 
     Args:
@@ -112,21 +112,15 @@ class Cancelled:
         unwatched: says when to begin to look: that takes a task.
     """
 
+    __slots__ = ("_receive", "_watch")
+
     def __init__(self, receive: Receive, unwatched: Deadlines) -> None:
+        super().__init__(unwatched)
         self._receive = receive
-        self._unwatched = unwatched
         self._watch: asyncio.Task[None] | None = None
-        self._gone = False
 
     def __bool__(self) -> bool:
-        return self._gone
-
-    def __enter__(self) -> "Cancelled":
-        task = asyncio.current_task()
-        assert task is not None
-        self._task: asyncio.Task[Any] = task
-        self._unwatched.begin(self)
-        return self
+        return self.cancelled
 
     def late(self) -> None:
         """The request takes long: look whether its client has gone."""
@@ -134,17 +128,14 @@ class Cancelled:
 
     async def _until_gone(self) -> None:
         await discard(self._receive)
-        self._gone = True
-        self._task.cancel()
+        self.cancel()
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        self._unwatched.end(self)
         if self._watch is not None:
             self._watch.cancel()
             # Its exception will hold it, and it holds this: a circle, for the collector of garbage.
             self._watch = None
-        # Others may cancel the task too, such as a server that stops: that goes on.
-        return self._gone and self._task.uncancel() == 0 and isinstance(error, asyncio.CancelledError)
+        return self.ended(error)
 
 
 async def discard(receive: Receive) -> None:

@@ -73,14 +73,13 @@ def load_model(config: ServerConfig, progress: Progress) -> Loaded:
         max_length=config.max_length,
         max_batch_tokens=config.max_batch_tokens,
     )
-    engine, ladder = embedder.engine, embedder.engine.ladder
-    # Those that an earlier start has chosen, if they are still there.
-    chosen_before = engine.kept() if config.refine_after else None
-    if chosen_before is not None and all(map(engine.cached, chosen_before.buckets)):
-        ladder = chosen_before
+    engine = embedder.engine
     # What is only to be loaded can come while the first requests are answered; what must be compiled would take the
-    # cores from them for long.
-    first = ladder.smallest() if all(map(engine.cached, ladder.buckets)) else ladder
+    # cores from them for long. Rather than the default shapes, those that an earlier start has chosen.
+    known = (engine.kept() if config.refine_after else None, engine.ladder)
+    there = [one for one in known if one is not None and all(map(engine.cached, one.buckets))]
+    ladder = there[0] if there else engine.ladder
+    first = ladder.smallest() if there else ladder
     engine.allow(first)
     total, done = len(first), 0
     progress(done, total)

@@ -9,7 +9,8 @@ No ladder is held here: the engine drops what nobody plans by any more (`jaxembe
 
 import logging
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 from jaxembed import memory
@@ -99,23 +100,17 @@ class Refiner:
 
     def _price(self) -> None:
         """Plan by what the first shapes take on this machine, and begin with that the next time."""
-        try:
+        with reported("the shapes could not be timed"):
             ladder = price(self._engine)
             self._engine.keep(ladder)
-        except Exception:  # Whatever a device raises: the prices that are there do.
-            logger.exception("the shapes could not be timed")
-        else:
             logger.info("the ladder is priced: %s", ladder.prices)
 
     def _refine(self) -> None:
         """Choose shapes by what came."""
-        try:
+        with reported("the ladder could not be refined"):
             found = refine(self._engine, self._seen.counts, self._ahead)
             if found is not None:
                 self._engine.keep(found)
-        except Exception:  # Whatever a compiler raises: the old ladder serves on.
-            logger.exception("the ladder could not be refined")
-        else:
             # As a string: a record of the log may live long.
             logger.info("the ladder after %d inputs: %s", self._count, "as before" if found is None else str(found))
 
@@ -123,12 +118,9 @@ class Refiner:
         """Bring up shapes that are known beforehand, unless the engine has them; whether that was to do."""
         if self._closed or ladder.buckets == self._engine.ladder.buckets:
             return False
-        try:
+        with reported(f"the ladder {ladder} could not be brought up"):
             self._ahead(ladder)
             switch(self._engine, ladder)
-        except Exception:  # Whatever a compiler raises: the shapes that are there serve on.
-            logger.exception("the ladder %s could not be brought up", str(ladder))
-        else:
             logger.info("the ladder to begin with: %s", str(ladder))
         return True
 
@@ -137,3 +129,12 @@ class Refiner:
         with self._changed:
             self._changed.wait_for(lambda: self._closed, SETTLING)
         memory.settle()
+
+
+@contextmanager
+def reported(failure: str) -> Iterator[None]:
+    """Whatever a compiler or a device raises is logged: the shapes and prices that are there serve on."""
+    try:
+        yield
+    except Exception:  # Nobody above the thread could do more.
+        logger.exception("%s", failure)

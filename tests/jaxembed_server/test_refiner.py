@@ -123,7 +123,7 @@ def test_shapes_that_cannot_be_timed_serve_on(caplog: pytest.LogCaptureFixture) 
     def time(bucket: Bucket, *, filled: bool) -> float:
         raise RuntimeError("no clock today")
 
-    engine.time = time  # type: ignore[method-assign]
+    engine.time = time
     with caplog.at_level(logging.ERROR):
         refiner = Refiner(engine, after=5)
         eventually(lambda: "could not be timed" in caplog.text)
