@@ -133,8 +133,9 @@ def serve(port: int, *, accelerator: bool) -> int:
     import numpy as np
     import numpy.typing as npt
 
-    from jaxembed.buckets import ACCELERATOR_PRICES, Ladder
+    from jaxembed.buckets import Ladder
     from jaxembed.checkpoint import DEFAULT_MODEL, Checkpoint
+    from jaxembed.cost import ACCELERATOR_PRICES
     from jaxembed.matryoshka import Matryoshka
     from jaxembed.tokenizer import Tokenizer
     from jaxembed.types import Batch

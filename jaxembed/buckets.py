@@ -8,32 +8,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from jaxembed.cost import Cost
+from jaxembed.cost import COUNTED_PRICES, PRICES, Cost
 from jaxembed.errors import BucketError
+from jaxembed.shapes import default_flat_shapes, padded_shapes, rungs
 from jaxembed.types import Bucket
 
-__all__ = ["ACCELERATOR_PRICES", "PRICES", "Ladder", "Plan", "flat_shape", "flat_shapes", "rungs", "single"]
-
-PRICES = Cost(call=16.0, token=1.0, place=0.1, pair=0.1 / 128)
-"""What a batch costs on CPU, in tokens of computation, before that was measured: a dispatch 16 of them, a place in
-attention's rows a tenth of one, and as much again for each 128 tokens of its row."""
-
-COUNTED_PRICES = Cost(call=8.0, token=0.02, place=0.1, pair=0.1 / 128, real=1.0)
-"""The same on CPU where flat shapes compute the tokens that there are (docs/performance.md)."""
-
-ACCELERATOR_PRICES = Cost(call=4096.0, token=1.0, place=0.0, pair=0.0)
-"""The same for each device of another kind; measured on a GPU, a guess for TPU (docs/performance.md)."""
-
-SHORTEST = 16
-
-STEP = 4
-"""Each size of a batch in the default ladder is so many times the next smaller one."""
-
-COUNTED_STEP = 8
-"""The same where tokens are counted."""
-
-MEAN = 2 / 3
-"""Mean length that rows of a flat shape are reckoned to have, in parts of its own, where nothing is known of them."""
+__all__ = ["Ladder", "Plan"]
 
 GAIN = 0.005
 """Runs that cost so little more than full batches would are taken as they are."""
@@ -47,42 +27,6 @@ class Plan(NamedTuple):
 
     bucket: Bucket
     items: tuple[int, ...]
-
-
-def rungs(max_length: int) -> list[int]:
-    """Powers of two from `SHORTEST` on below `max_length`, and that."""
-    lengths = []
-    rung = SHORTEST
-    while rung < max_length:
-        lengths.append(rung)
-        rung *= 2
-    return [*lengths, max_length]
-
-
-def flat_shape(rows: int, length: int, tokens: int, *, counted: bool = False) -> Bucket:
-    """The shape of so many rows of up to `length` tokens, `tokens` together.
-
-    Flat, unless they fill all places and are not counted.
-    """
-    return Bucket(rows, length, 0 if rows * length == tokens and not counted else tokens)
-
-
-def single(length: int, max_batch_tokens: int, *, counted: bool) -> Bucket:
-    """The shape of a single row: padded, or flat where tokens are counted, unless it is longer than a batch."""
-    return flat_shape(1, length, length, counted=counted and length <= max_batch_tokens)
-
-
-def flat_shapes(length: int, sizes: Iterable[int], mean: float, *, counted: bool = False) -> list[Bucket]:
-    """The shapes of several rows of up to `length` tokens, each a `flat_shape`.
-
-    Args:
-        length: T.
-        sizes: N; there is no shape of one that does not hold two rows of T.
-        mean: length of the rows, which says how many there is room for.
-        counted: whether the tokens that there are are counted.
-    """
-    rows = min(mean, length)
-    return [flat_shape(math.ceil(size / rows), length, size, counted=counted) for size in sizes if size >= 2 * length]
 
 
 class Ladder:
@@ -161,31 +105,10 @@ class Ladder:
                 f"max_length={max_length}, max_batch_tokens={max_batch_tokens}, batch_multiple={batch_multiple}: "
                 "each must be at least 1"
             )
-        lengths = rungs(max_length)
         if not flat:
-            return cls.of_lengths(lengths, max_batch_tokens=max_batch_tokens, batch_multiple=batch_multiple)
-        sizes, step = [max_batch_tokens], COUNTED_STEP if counted else STEP
-        while sizes[-1] >= step * SHORTEST:
-            sizes.append(sizes[-1] // step)
-        several = [shape for length in lengths for shape in flat_shapes(length, sizes, MEAN * length, counted=counted)]
-        shapes = [*(single(length, max_batch_tokens, counted=counted) for length in lengths), *several]
-        if counted:
-            return cls(shapes, COUNTED_PRICES)
-        # Many texts are as long as they may be.
-        return cls([*shapes, Bucket(max(1, max_batch_tokens // max_length), max_length)])
-
-    @classmethod
-    def of_lengths(cls, lengths: Iterable[int], *, max_batch_tokens: int, batch_multiple: int = 1) -> "Ladder":
-        """Of each length the batch sizes 1, 4, 16, ... and the fullest; the arguments are those of `default`."""
-        buckets = set()
-        for length in lengths:
-            most = max(1, max_batch_tokens // (length * batch_multiple))
-            rows = 1
-            while rows < most:
-                buckets.add(Bucket(rows * batch_multiple, length))
-                rows *= STEP
-            buckets.add(Bucket(most * batch_multiple, length))
-        return cls(buckets)
+            return cls(padded_shapes(rungs(max_length), max_batch_tokens, multiple=batch_multiple))
+        prices = COUNTED_PRICES if counted else PRICES
+        return cls(default_flat_shapes(max_length, max_batch_tokens, counted=counted), prices)
 
     def smallest(self) -> "Ladder":
         """Of each length the shape with the fewest rows: they take whatever this ladder takes, and are ready first.

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxembed.types import Bucket
 
-__all__ = ["Cost", "fit_cost"]
+__all__ = ["ACCELERATOR_PRICES", "COUNTED_PRICES", "PRICES", "Cost", "fit_cost"]
 
 
 class Cost(NamedTuple):
@@ -48,6 +48,17 @@ class Cost(NamedTuple):
     def of_places(self, length: int) -> float:
         """What a row of at most this length adds to a flat batch of rows of this length, beside its tokens."""
         return length * (self.place + self.pair * length)
+
+
+PRICES = Cost(call=16.0, token=1.0, place=0.1, pair=0.1 / 128)
+"""What a batch costs on CPU, in tokens of computation, before that was measured: a dispatch 16 of them, a place in
+attention's rows a tenth of one, and as much again for each 128 tokens of its row."""
+
+COUNTED_PRICES = Cost(call=8.0, token=0.02, place=0.1, pair=0.1 / 128, real=1.0)
+"""The same on CPU where flat shapes compute the tokens that there are (docs/performance.md)."""
+
+ACCELERATOR_PRICES = Cost(call=4096.0, token=1.0, place=0.0, pair=0.0)
+"""The same for each device of another kind; measured on a GPU, a guess for TPU (docs/performance.md)."""
 
 
 def fit_cost(measured: Mapping[Bucket, float]) -> Cost:

@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxembed import cache, cpu_kernels
-from jaxembed.buckets import ACCELERATOR_PRICES, Ladder
-from jaxembed.cost import Cost
+from jaxembed.buckets import Ladder
+from jaxembed.cost import ACCELERATOR_PRICES, Cost
 from jaxembed.errors import BucketError
 from jaxembed.executables import facts, has, load_or_compile
 from jaxembed.kernel_choice import kernels_on

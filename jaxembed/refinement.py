@@ -12,9 +12,10 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from jaxembed.buckets import Ladder, flat_shape
+from jaxembed.buckets import Ladder
 from jaxembed.cost import Cost, fit_cost
-from jaxembed.shape_choice import PRICE, choose_lengths, compared, fewest, flat_ladder, loads
+from jaxembed.shape_choice import PRICE, choose_lengths, compared, fewest, flat_choices, loads
+from jaxembed.shapes import flat_shape, padded_shapes
 from jaxembed.types import Bucket
 
 __all__ = ["Ahead", "Histogram", "Refinable", "least_seconds", "not_ahead", "price", "refine", "switch", "wide"]
@@ -168,13 +169,20 @@ def priced(engine: Refinable, buckets: Iterable[Bucket], cost: Cost) -> Ladder:
 
 def candidates(engine: Refinable, counts: npt.NDArray[np.int64], cost: Cost) -> set[Bucket]:
     """Shapes for inputs like these, those that are there, and those to begin with, for what else may come."""
-    sizes = {"max_batch_tokens": engine.max_batch_tokens, "batch_multiple": engine.batch_multiple}
-    default = Ladder.default(max_length=engine.ladder.max_length, flat=engine.flat, counted=engine.counted, **sizes)
+    most, multiple = engine.max_batch_tokens, engine.batch_multiple
+    default = Ladder.default(
+        max_length=engine.ladder.max_length,
+        max_batch_tokens=most,
+        batch_multiple=multiple,
+        flat=engine.flat,
+        counted=engine.counted,
+    )
     if engine.flat:
-        wanted = flat_ladder(counts, cost, engine.max_batch_tokens)
+        wanted = flat_choices(counts, cost, most, counted=engine.counted)
     else:
-        wanted = Ladder.of_lengths(choose_lengths(counts, cost.of_row, multiple=engine.length_multiple), **sizes)
-    return {*wanted.buckets, *engine.ladder.buckets, *default.buckets}
+        lengths = choose_lengths(counts, cost.of_row, multiple=engine.length_multiple)
+        wanted = padded_shapes(lengths, most, multiple=multiple)
+    return {*wanted, *engine.ladder.buckets, *default.buckets}
 
 
 def least_seconds(engine: Refinable, buckets: Iterable[Bucket], *, filled: bool = True) -> dict[Bucket, float]:

@@ -13,11 +13,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from jaxembed.buckets import MEAN, Ladder, flat_shape, flat_shapes, rungs, single
+from jaxembed.buckets import Ladder
 from jaxembed.cost import Cost
+from jaxembed.shapes import MEAN, flat_shape, flat_shapes, rungs, single
 from jaxembed.types import Bucket
 
-__all__ = ["PRICE", "choose_lengths", "compared", "fewest", "flat_ladder", "loads", "mean_length", "spent"]
+__all__ = ["PRICE", "choose_lengths", "compared", "fewest", "flat_choices", "loads", "mean_length", "spent"]
 
 WORTH = 0.01
 """A further length must save this share of the whole cost: each is several shapes to compile."""
@@ -29,7 +30,7 @@ PRICE = 0.004
 """A shape must save this share of what inputs take, in the mean over `loads`: it is compiled, and held in memory."""
 
 OTHERS = 0.1
-"""The share of that which texts of other lengths than came are reckoned to have, spread evenly over `buckets.rungs`."""
+"""The share of that which texts of other lengths than came are reckoned to have, spread evenly over `shapes.rungs`."""
 
 SIZES = (1, 3 / 4, 1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 3 / 32, 1 / 16, 1 / 32)
 """Tokens of flat shapes, in parts of the largest one's."""
@@ -122,21 +123,22 @@ def choose_lengths(
     return tuple(reversed(chosen))
 
 
-def flat_ladder(counts: Counts, cost: Cost, max_batch_tokens: int) -> Ladder:
+def flat_choices(counts: Counts, cost: Cost, max_batch_tokens: int, *, counted: bool) -> list[Bucket]:
     """The shapes that inputs cost least in, where there are flat ones.
 
     Single rows are padded, and so are full batches of rows that are alike, as out of a large job: of these there are
     shapes of many lengths. What happened to come together is of all lengths: for that there are flat shapes, of few
     lengths, since only attention pads, but of many sizes. And of each size there is one for rows of any number and
-    length, which is all that is needed where not even attention pads. Where tokens are counted (`Cost.real`) padded
-    shapes are only for what no batch of several rows holds.
+    length, which is all that is needed where not even attention pads. Where tokens are counted padded shapes are only
+    for what no batch of several rows holds.
 
     Args:
         counts: int64 [max_length + 1], inputs of each length.
         cost: of shapes.
         max_batch_tokens: of the largest shapes of several rows.
+        counted: whether the tokens that there are are counted.
     """
-    shapes, counted = [], cost.real > 0
+    shapes = []
     for length in choose_lengths(counts, cost.of_row):
         shapes.append(single(length, max_batch_tokens, counted=counted))
         if not counted:
@@ -151,7 +153,7 @@ def flat_ladder(counts: Counts, cost: Cost, max_batch_tokens: int) -> Ladder:
     longest, short = len(counts) - 1, max(1, sampled(counts, round(0.5 / SHORT))[0])
     for size in sizes:
         shapes.append(flat_shape(math.ceil(size / short), min(size, longest), size, counted=counted))
-    return Ladder(shapes)
+    return shapes
 
 
 def mean_length(counts: Counts, shortest: int, longest: int) -> float:

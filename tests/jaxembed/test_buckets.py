@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxembed.buckets import PRICES, Ladder, rungs
-from jaxembed.cost import Cost
+from jaxembed.buckets import Ladder
+from jaxembed.cost import PRICES, Cost
 from jaxembed.errors import BucketError
+from jaxembed.shapes import rungs
 from jaxembed.types import Bucket
 
 buckets = st.builds(Bucket, st.integers(1, 9), st.integers(1, 40), st.just(0))

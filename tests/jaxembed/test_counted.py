@@ -31,7 +31,7 @@ from transformers import (
 
 from jaxembed import Bucket, Ladder, cpu_kernels, make_mesh, program
 from jaxembed import engine as engine_module
-from jaxembed.buckets import COUNTED_PRICES
+from jaxembed.cost import COUNTED_PRICES
 from jaxembed.engine import Engine
 from jaxembed.kernels import Kernels
 from jaxembed.loading import load

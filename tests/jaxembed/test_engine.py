@@ -14,7 +14,7 @@ import pytest
 from parity import save_checkpoint, tiny_bert
 
 from jaxembed import Bucket, Embedder, Ladder, make_mesh
-from jaxembed.buckets import ACCELERATOR_PRICES, PRICES
+from jaxembed.cost import ACCELERATOR_PRICES, PRICES
 from jaxembed.engine import MAX_BATCH_TOKENS, Engine
 from jaxembed.errors import BucketError
 from jaxembed.loading import load

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from jaxembed import Bucket, Ladder
-from jaxembed.buckets import rungs
 from jaxembed.cost import Cost
 from jaxembed.shape_choice import (
     FLAT_WORTH,
@@ -23,11 +22,12 @@ from jaxembed.shape_choice import (
     choose_lengths,
     compared,
     fewest,
-    flat_ladder,
+    flat_choices,
     loads,
     mean_length,
     spent,
 )
+from jaxembed.shapes import rungs
 
 COST = Cost(call=0.003, token=4e-5, place=1e-5, pair=5e-8)
 
@@ -68,7 +68,7 @@ def test_flat_shapes_have_room_for_rows_of_the_mean_length() -> None:
     counts = np.zeros(65, np.int64)
     counts[[6, 8, 13, 16]] = 100
     counts[[40, 64]] = 20
-    ladder = flat_ladder(counts, COST, 256)
+    found = flat_choices(counts, COST, 256, counted=False)
     sizes = (16, 24, 32, 48, 64, 96, 128, 192, 256)
     wanted = {Bucket(math.ceil(size / 6), min(size, 64), size) for size in sizes}
     before = -1
@@ -78,11 +78,9 @@ def test_flat_shapes_have_room_for_rows_of_the_mean_length() -> None:
         assert mean == np.average(np.arange(before + 1, length + 1), weights=counts[before + 1 : length + 1])
         wanted |= {Bucket(math.ceil(size / mean), length, size) for size in sizes if size >= 2 * length}
         before = length
-    assert {bucket for bucket in ladder.buckets if bucket.flat} == {
-        bucket for bucket in wanted if bucket.flat < bucket.places
-    }
+    assert {bucket for bucket in found if bucket.flat} == {bucket for bucket in wanted if bucket.flat < bucket.places}
     padded = [Bucket(rows, length) for length in (8, 16, 64) for rows in (1, 256 // length)]
-    assert set(padded) <= set(ladder.buckets)
+    assert set(padded) <= set(found)
     assert mean_length(counts, 17, 39) == 0.0
 
 
@@ -96,7 +94,7 @@ def some(seed: int, longest: int) -> np.ndarray:
 def everything(counts: np.ndarray, tokens: int) -> Ladder:
     """The shapes to begin with, and those for what came."""
     default = Ladder.default(max_length=len(counts) - 1, max_batch_tokens=tokens, flat=True)
-    return Ladder([*default.buckets, *flat_ladder(counts, COST, tokens).buckets])
+    return Ladder([*default.buckets, *flat_choices(counts, COST, tokens, counted=False)])
 
 
 @pytest.mark.parametrize("size", range(len(GROUPS) + 1))
@@ -190,10 +188,10 @@ def test_where_tokens_are_counted_a_few_shapes_are_chosen(lengths: slice) -> Non
     cost = Cost(call=1.4e-3, token=2e-6, place=0.0, pair=0.0, real=1.6e-4)
     counts = np.zeros(257, np.int64)
     counts[lengths] = 100
-    found = flat_ladder(counts, cost, 512)
+    found = Ladder(flat_choices(counts, cost, 512, counted=True), cost.in_tokens)
     assert all(bucket.flat for bucket in found.buckets)
     wanted = loads(counts, 512)
-    chosen = fewest(Ladder(found.buckets, cost.in_tokens), wanted, cost.spent)
+    chosen = fewest(found, wanted, cost.spent)
     assert 1 <= len(chosen) <= 4 and chosen.batch_tokens == 512
     for load in wanted:
         assert spent(chosen, load, cost.spent) < 1.05 * spent(found, load, cost.spent)
