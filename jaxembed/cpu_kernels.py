@@ -27,10 +27,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 __all__ = [
+    "DTYPES",
     "Norm",
     "Product",
     "attention",
     "build",
+    "by_amx",
     "compiler",
     "feed_forward",
     "host_cpu",
@@ -39,7 +41,6 @@ __all__ = [
     "load",
     "products",
     "running",
-    "takes",
 ]
 
 logger = logging.getLogger(__name__)
@@ -53,15 +54,15 @@ TARGETS = ("jaxembed_linear", "jaxembed_linear_norm", "jaxembed_feed_forward", "
 FUNCTIONS = (
     ("jaxembed_lanes", ctypes.c_int64, 0),
     ("jaxembed_room", ctypes.c_int64, 2),
-    ("jaxembed_half", ctypes.c_bool, 1),
+    ("jaxembed_amx", ctypes.c_bool, 1),
 )
 """Others that are called from here, their results, and how many integers they are given."""
 
-NEEDED: Mapping[str, Sequence[str]] = {
-    "float32": ("avx2", "fma"),
-    "bfloat16": ("avx2", "fma", "avx512_bf16", "amx_bf16"),
-}
-"""By dtype: what a CPU must be able to do, as Linux calls it. On others nothing was measured, or XLA's are used."""
+NEEDED = ("avx2", "fma")
+"""What a CPU must be able to do, as Linux calls it. On others nothing was measured."""
+
+DTYPES = ("float32", "bfloat16")
+"""Of kernels that are taken."""
 
 ACTIVATIONS: Mapping[str | None, int] = {None: 0, "gelu": 1}
 """Functions that a product can end with, by Hugging Face's names, and their numbers in the source."""
@@ -78,8 +79,9 @@ Norm = tuple[Float[Array, " N"], Float[Array, " N"] | None, float]
 
 def compiler(dtype: str) -> Path | None:
     """The C++ compiler for this machine: $CXX, or `c++`; None if there is none, or nothing to do in that dtype."""
-    needed = NEEDED.get(dtype)
-    if needed is None or platform.machine() != "x86_64" or not all(f" {flag} " in f"{host_cpu()} " for flag in needed):
+    if dtype not in DTYPES or platform.machine() != "x86_64":
+        return None
+    if not all(f" {flag} " in f"{host_cpu()} " for flag in NEEDED):
         return None
     found = shutil.which(os.environ.get("CXX") or "c++")
     return None if found is None else Path(found).resolve()
@@ -147,9 +149,15 @@ def lanes() -> int:
     return int(library().jaxembed_lanes())
 
 
-def takes(dtype: jnp.dtype, depth: int) -> bool:
-    """Whether kernels in this dtype with so many input features are taken: in bfloat16 multiples of 32, with AMX."""
-    return dtype == jnp.float32 or (dtype == jnp.bfloat16 and bool(library().jaxembed_half(depth)))
+def by_amx(depth: int) -> bool:
+    """Whether products in bfloat16 with so many input features are the matrix unit's; else they are the vectors'.
+
+    It takes multiples of 32, and rounds inputs to bfloat16; vectors multiply in float32.
+
+    Raises:
+        RuntimeError: nothing is loaded.
+    """
+    return bool(library().jaxembed_amx(depth))
 
 
 @contextmanager
@@ -172,11 +180,11 @@ def products(
     *,
     tokens: Count = None,
 ) -> tuple[Float[Array, "L M _"], ...]:
-    """activation(x @ kernel^T + bias) of each matrix, float32; x is rounded to bfloat16 where kernels are in that.
+    """activation(x @ kernel^T + bias) of each matrix, float32; x is rounded to bfloat16 where `by_amx`.
 
     Args:
         x: float32.
-        matrices: kernels, [output, input], all in one dtype that is among what `takes`, and their biases.
+        matrices: kernels, [output, input], all in one of `DTYPES`, and their biases.
         activation: one of `ACTIVATIONS`.
     """
     shapes = [(*x.shape[:-1], kernel.shape[0]) for kernel, _ in matrices]
@@ -193,7 +201,7 @@ def linear_norm(
 
     Args:
         x, residual: float32.
-        matrix: kernel, [output, input], in a dtype that is among what `takes`, and bias.
+        matrix: kernel, [output, input], in one of `DTYPES`, and bias.
         norm: of the sum.
     """
     call = jax.ffi.ffi_call(TARGETS[1], [written(residual.shape), room(x, x.shape[-1])])
@@ -215,7 +223,7 @@ def feed_forward(
 
     Args:
         x: float32.
-        up, down: kernels, [output, input], both in one dtype that is among what `takes`, and their biases.
+        up, down: kernels, [output, input], both in one of `DTYPES`, and their biases.
         activation: one of `ACTIVATIONS`.
         norm: of the sum.
     """

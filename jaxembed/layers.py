@@ -138,12 +138,12 @@ def linears(
 
 
 def by_cpu_kernels(x: Float[Array, "B T In"], layers: Sequence[Linear]) -> bool:
-    """Whether so many tokens are left to `cpu_kernels`, and they take the kernels of these layers, all in one dtype."""
+    """Whether so many tokens are left to `cpu_kernels`, and the kernels of these layers are in one of their dtypes."""
     there = available()
     if there is None or x.shape[0] * x.shape[1] > there.cpu_tokens:
         return False
-    kernels = [layer.kernel for layer in layers]
-    return all(one.dtype == kernels[0].dtype and cpu_kernels.takes(one.dtype, one.shape[1]) for one in kernels)
+    dtypes = {str(layer.kernel.dtype) for layer in layers}
+    return len(dtypes) == 1 and dtypes <= set(cpu_kernels.DTYPES)
 
 
 class Embedding(nnx.Module):

@@ -66,13 +66,13 @@ inline void head(const float* query, const float* key, const float* value, float
     const size_t rows = std::min(ROWS, count - first);
     for (size_t p = 0; p < panels; p++) {
       const float* keys_of = keys + p * KEYS * width;
-      tile_of<ROWS, C>(rows, query + first * query_apart, query_apart, keys_of, width, scores + p * KEYS, room, nullptr);
+      tile_of<ROWS, C>(rows, query + first * query_apart, query_apart, keys_of, width, scores + p * KEYS, room);
     }
     float sums[ROWS];
     for (size_t r = 0; r < rows; r++) sums[r] = soften(scores + r * room, seen, room, heads.scale);
     float* to = out + first * query_apart;
     for (size_t f = 0; f < width; f += PAIR) {
-      tile_of<ROWS, 2>(rows, scores, room, values + f * room, seen, to + f, query_apart, nullptr);
+      tile_of<ROWS, 2>(rows, scores, room, values + f * room, seen, to + f, query_apart);
     }
     for (size_t r = 0; r < rows; r++) {
       for (size_t f = 0; f < width; f += LANES) {

@@ -1,21 +1,23 @@
-// Products with weights in float32, by multiply-adds of vectors. Letters: M tokens, K features of the input, N features of
-// the output.
+// Products by multiply-adds of vectors, in float32, with weights in that or in bfloat16. Letters: M tokens, K features of the
+// input, N features of the output.
 
 #pragma once
 
 #include <algorithm>
 #include <cstddef>
+#include <type_traits>
 #include <vector>
 
 #include "crew.h"
 #include "matrix.h"
+#include "numbers.h"
 #include "tiles.h"
 #include "vectors.h"
 
 namespace jaxembed {
 
-// M tokens, in panels of three or four vectors each, where there are enough.
-class ByVectors {
+// M tokens, in panels of three or four vectors each, where there are enough; weights are `Number`s.
+template <class Number> class ByVectors {
  public:
   explicit ByVectors(size_t M)
       : tokens_(M),
@@ -37,21 +39,24 @@ class ByVectors {
   // Each matrix times the panels, in parts: take(Part) for each of them.
   template <class Take>
   void multiply(const float* panels, size_t K, const std::vector<Matrix>& matrices, const Take& take) const {
-    const size_t groups = (count_ + GROUP - 1) / GROUP, blocks = blocks_of(matrices, BLOCK);
     Crew& crew = Crew::get();
+    const size_t blocks = blocks_of(matrices, BLOCK);
+    // As many panels at a time as leave each thread some tasks.
+    const size_t group = std::clamp<size_t>(count_ * blocks / (TASKS * crew.share()), LEAST, LEAST * TASKS);
+    const size_t groups = (count_ + group - 1) / group;
     // The groups of a block follow one another: its part of the kernel stays in the second cache.
     crew.each(blocks * groups, tokens_ * K * blocks * BLOCK > 400'000, [&](size_t task) {
       const Block block(matrices, BLOCK, task / groups);
-      const float* kernel = static_cast<const float*>(block.one->kernel) + block.first * K;
-      const size_t from = task % groups * GROUP;
-      alignas(64) float out[BLOCK * MOST * LANES];
-      for (size_t i = from; i < std::min(count_, from + GROUP); i++) {
-        constexpr decltype(&rows_times_panel<1>) multiply[] = {rows_times_panel<1>, rows_times_panel<2>, rows_times_panel<3>,
-                                                               rows_times_panel<4>};
-        // The first panel has to wait for the kernel. The blocks between are other threads'.
-        const float* then = i == from ? kernel + crew.share() * BLOCK * K : nullptr;
-        multiply[width(i) / LANES - 1](kernel, block.rows, K, panels + begin(i) * K, out, then);
-        take(Part{*block.one, block.first, block.rows, begin(i), of(i), out, width(i)});
+      const Number* kernel = static_cast<const Number*>(block.one->kernel) + block.first * K;
+      const size_t from = task % groups * group, end = std::min(count_, from + group);
+      // The first panel has to wait for the kernel. The blocks between are other threads'.
+      if (std::is_same_v<Number, float> || end - from <= FEW) {
+        times_panels(kernel, kernel + crew.share() * BLOCK * K, block, panels, K, from, end, take);
+      } else if constexpr (std::is_same_v<Number, Half>) {
+        static thread_local std::vector<float> wide;
+        if (wide.size() < BLOCK * K) wide.resize(BLOCK * K);
+        widen(kernel, block.rows * K, wide.data());
+        times_panels<float>(wide.data(), nullptr, block, panels, K, from, end, take);
       }
     });
   }
@@ -69,8 +74,23 @@ class ByVectors {
 
  private:
   static constexpr size_t MOST = 4;            // vectors of a panel
-  static constexpr size_t GROUP = 32 / LANES;  // panels that a thread takes at a time
-  static constexpr size_t BLOCK = MOST_ROWS;   // output features that it takes: a multiple of a tile's rows
+  static constexpr size_t LEAST = 32 / LANES;  // panels that a thread takes at a time, if there are as many
+  static constexpr size_t TASKS = 4;           // of a thread
+  static constexpr size_t FEW = 2;             // panels for which a kernel in bfloat16 is multiplied as it lies
+  static constexpr size_t BLOCK = MOST_ROWS;   // output features that a thread takes: a multiple of a tile's rows
+
+  // Rows of a block times the panels between two; before the last of the first panel's, those at `then` are called.
+  template <class Rows, class Take>
+  void times_panels(const Rows* rows, const Rows* then, const Block& block, const float* panels, size_t K, size_t from,
+                    size_t end, const Take& take) const {
+    constexpr decltype(&rows_times_panel<1, Rows>) multiply[] = {rows_times_panel<1, Rows>, rows_times_panel<2, Rows>,
+                                                                 rows_times_panel<3, Rows>, rows_times_panel<4, Rows>};
+    alignas(64) float out[BLOCK * MOST * LANES];
+    for (size_t i = from; i < end; i++) {
+      multiply[width(i) / LANES - 1](rows, block.rows, K, panels + begin(i) * K, out, i == from ? then : nullptr);
+      take(Part{*block.one, block.first, block.rows, begin(i), of(i), out, width(i)});
+    }
+  }
 
   size_t begin(size_t i) const { return i == count_ ? tokens_ : vectors_ * i / count_ * LANES; }
   size_t of(size_t i) const { return begin(i + 1) - begin(i); }

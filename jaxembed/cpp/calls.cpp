@@ -81,7 +81,7 @@ extern "C" XLA_FFI_Error* jaxembed_linear(XLA_FFI_CallFrame* frame) {
   const int64_t count = (frame->args.size - 2) / 2;
   std::vector<Matrix> matrices;
   for (int64_t i = 0; i < count; i++) matrices.push_back(matrix(frame, i, result(frame, i)));
-  with_way(tokens_of(frame, 1), in_half(frame), [&](auto way) {
+  with_way(tokens_of(frame, 1), in_half(frame), {width_of(x)}, [&](auto way) {
     linear(way, floats(x), width_of(x), matrices, Activation(attribute<int32_t>(frame, 0)), result(frame, count));
   });
   return nullptr;
@@ -92,7 +92,7 @@ extern "C" XLA_FFI_Error* jaxembed_linear(XLA_FFI_CallFrame* frame) {
 extern "C" XLA_FFI_Error* jaxembed_linear_norm(XLA_FFI_CallFrame* frame) {
   if (asked(frame)) return nullptr;
   const XLA_FFI_Buffer& x = argument(frame, 0);
-  with_way(tokens_of(frame, 1), in_half(frame), [&](auto way) {
+  with_way(tokens_of(frame, 1), in_half(frame), {width_of(x)}, [&](auto way) {
     linear_norm(way, floats(x), width_of(x), matrix(frame, 0, result(frame, 0)), floats(argument(frame, 4)),
                 norm(frame, 5, attribute<float>(frame, 0)), result(frame, 1));
   });
@@ -105,7 +105,7 @@ extern "C" XLA_FFI_Error* jaxembed_feed_forward(XLA_FFI_CallFrame* frame) {
   if (asked(frame)) return nullptr;
   const XLA_FFI_Buffer& x = argument(frame, 0);
   const Matrix up = matrix(frame, 0, nullptr), down = matrix(frame, 1, result(frame, 0));
-  with_way(tokens_of(frame, 1), in_half(frame), [&](auto way) {
+  with_way(tokens_of(frame, 1), in_half(frame), {width_of(x), up.N}, [&](auto way) {
     feed_forward(way, floats(x), up, Activation(attribute<int32_t>(frame, 0)), down,
                  norm(frame, 6, attribute<float>(frame, 1)), result(frame, 1));
   });
@@ -129,8 +129,8 @@ extern "C" XLA_FFI_Error* jaxembed_attention(XLA_FFI_CallFrame* frame) {
 extern "C" void jaxembed_begin() { Crew::get().begin(); }
 extern "C" void jaxembed_end() { Crew::get().end(); }
 
-// Whether kernels in bfloat16 are taken, for inputs of so many features.
-extern "C" bool jaxembed_half(int64_t features) { return takes_half(features); }
+// Whether products in bfloat16 with inputs of so many features are the matrix unit's.
+extern "C" bool jaxembed_amx(int64_t features) { return for_amx(features); }
 
 // Numbers in float32 that so many tokens need room for.
 extern "C" int64_t jaxembed_room(int64_t tokens, int64_t features) { return room_of(tokens, features); }

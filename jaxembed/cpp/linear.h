@@ -2,7 +2,9 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
+#include <initializer_list>
 #include <vector>
 
 #include "by_amx.h"
@@ -12,9 +14,10 @@
 
 namespace jaxembed {
 
-// Whether kernels in bfloat16 are taken, for inputs of so many features.
-inline bool takes_half([[maybe_unused]] size_t K) {
+// Whether products in bfloat16 with inputs of so many features are the matrix unit's.
+inline bool for_amx([[maybe_unused]] size_t K) {
 #if defined(JAXEMBED_AMX)
+  // An executable from the cache was made by a process that had asked; this one has to as well.
   return K % amx::STEP == 0 && amx::allowed();
 #else
   return false;
@@ -22,7 +25,7 @@ inline bool takes_half([[maybe_unused]] size_t K) {
 }
 
 // Numbers that M tokens of K features need room for, by whichever way.
-inline size_t room_of(size_t M, size_t K) { return ByVectors(M).room(K); }
+inline size_t room_of(size_t M, size_t K) { return ByVectors<float>(M).room(K); }
 
 // y = activation(x kernel^T + bias) of each matrix. `room` is for x.
 template <class Way>
@@ -52,13 +55,14 @@ void feed_forward(const Way& way, const float* x, const Matrix& up, Activation a
   add_norms(x, norm, way.tokens(), down.N, down.y);
 }
 
-// call(way) for M tokens with kernels in float32 or, where `takes_half` says so, in bfloat16.
-template <class Call> void with_way(size_t M, [[maybe_unused]] bool half, const Call& call) {
+// call(way) for M tokens with kernels in float32 or in bfloat16, whose inputs have so many features.
+template <class Call>
+void with_way(size_t M, bool half, [[maybe_unused]] std::initializer_list<size_t> features, const Call& call) {
+  if (!half) return call(ByVectors<float>(M));
 #if defined(JAXEMBED_AMX)
-  // An executable from the cache was made by a process that had asked; this one has to as well.
-  if (half && amx::allowed()) return call(ByAmx(M));
+  if (std::all_of(features.begin(), features.end(), for_amx)) return call(ByAmx(M));
 #endif
-  call(ByVectors(M));
+  call(ByVectors<Half>(M));
 }
 
 }  // namespace jaxembed

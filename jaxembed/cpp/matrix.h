@@ -13,7 +13,7 @@
 namespace jaxembed {
 
 struct Matrix {
-  const void* kernel;  // [N, K]
+  const void* kernel;  // [N, K], in float32 or bfloat16
   const float* bias;   // [N], or nullptr
   float* y;            // [M, N], where it is wanted
   size_t N;

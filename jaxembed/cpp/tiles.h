@@ -5,8 +5,14 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <type_traits>
+#include <utility>
 
+#include "numbers.h"
 #include "vectors.h"
+
+#define INLINED __attribute__((always_inline))
+#define ALWAYS_INLINE inline INLINED
 
 namespace jaxembed {
 
@@ -43,102 +49,103 @@ inline void fill_panel(const float* x, size_t apart, size_t tokens, size_t featu
 inline void multiply_add(Vector& sum, Vector a, Vector b) { asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
 
 // Pointers to a tile's rows, one for three: a processor adds a distance once or twice as it reads, and has few registers.
-template <size_t R> struct Rows {
-  const float* every_third[(R + 2) / 3];
+template <size_t R, class Number> struct Rows {
+  const Number* every_third[(R + 2) / 3];
   size_t apart;  // bytes
-  Rows(const float* first, size_t numbers_apart) : apart(numbers_apart * sizeof(float)) {
+  Rows(const Number* first, size_t numbers_apart) : apart(numbers_apart * sizeof(Number)) {
     for (size_t i = 0; 3 * i < R; i++) every_third[i] = first + 3 * i * numbers_apart;
   }
-  const float* at(size_t r) const {
-    return reinterpret_cast<const float*>(reinterpret_cast<const char*>(every_third[r / 3]) + r % 3 * apart);
+  const Number* at(size_t r) const {
+    return reinterpret_cast<const Number*>(reinterpret_cast<const char*>(every_third[r / 3]) + r % 3 * apart);
   }
   void go_on(size_t numbers) {
-    for (const float*& pointer : every_third) pointer += numbers;
+    for (const Number*& pointer : every_third) pointer += numbers;
   }
 };
 
-// Loops over rows and vectors, here and in `tile`, are unrolled for the largest tile of TILE rows: of a loop that is left the
-// sums would stand in memory.
+// call(0), ..., call(N - 1), where each number is a constant: what an array holds at constant places stays in registers.
+template <class Call, size_t... I> ALWAYS_INLINE void call_each(const Call& call, std::index_sequence<I...>) {
+  (call(std::integral_constant<size_t, I>{}), ...);
+}
+template <size_t N, class Call> ALWAYS_INLINE void unrolled(const Call& call) {
+  call_each(call, std::make_index_sequence<N>{});
+}
 
-// sums[r, v] += row r's number k times b[v].
-template <size_t R, size_t C> inline void step(Vector (&sums)[R][C], const Rows<R>& rows, size_t k, const float* b) {
+// sums[r, v] += spread(r) * b[v], where that is a vector of row r's number.
+template <size_t R, size_t C, class Spread> ALWAYS_INLINE void step(Vector (&sums)[R][C], const float* b, const Spread& spread) {
   // Kept in registers are the fewer of the two: vectors of b, or a number of each row.
   if constexpr (C <= R) {
     Vector columns[C];
-#pragma GCC unroll 4
-    for (size_t c = 0; c < C; c++) columns[c] = load<Vector>(b + c * LANES);
-#pragma GCC unroll 24
-    for (size_t r = 0; r < R; r++) {
-      Vector spread = rows.at(r)[k] - Vector{};
-#pragma GCC unroll 4
-      for (size_t c = 0; c < C; c++) multiply_add(sums[r][c], spread, columns[c]);
-    }
+    unrolled<C>([&](auto c) INLINED { columns[c] = load<Vector>(b + c * LANES); });
+    unrolled<R>([&](auto r) INLINED {
+      const Vector number = spread(r);
+      unrolled<C>([&](auto c) INLINED { multiply_add(sums[r][c], number, columns[c]); });
+    });
   } else {
-    Vector spread[R];
-#pragma GCC unroll 4
-    for (size_t r = 0; r < R; r++) spread[r] = rows.at(r)[k] - Vector{};
-#pragma GCC unroll 4
-    for (size_t c = 0; c < C; c++) {
-      Vector column = load<Vector>(b + c * LANES);
-#pragma GCC unroll 4
-      for (size_t r = 0; r < R; r++) multiply_add(sums[r][c], spread[r], column);
-    }
+    Vector numbers[R];
+    unrolled<R>([&](auto r) INLINED { numbers[r] = spread(r); });
+    unrolled<C>([&](auto c) INLINED {
+      const Vector column = load<Vector>(b + c * LANES);
+      unrolled<R>([&](auto r) INLINED { multiply_add(sums[r][c], numbers[r], column); });
+    });
   }
 }
 
-// out[r, v] = sum over k of a[r, k] * b[k, v], for R rows and a panel b of C vectors. While it computes, as many lines as the
+// out[r, v] = sum over k of a[r, k] * b[k, v], for R rows and a panel b of C vectors. While it computes, as many numbers as the
 // rows have are called into the cache from `ahead` on; nullptr: none.
-template <size_t R, size_t C>
-inline void tile(const float* a, size_t a_apart, const float* b, size_t depth, float* out, size_t out_apart,
-                 const float* ahead) {
+template <size_t R, size_t C, class Number>
+inline void tile(const Number* a, size_t a_apart, const float* b, size_t depth, float* out, size_t out_apart,
+                 const Number* ahead) {
   Vector sums[R][C];
-#pragma GCC unroll 24
-  for (size_t r = 0; r < R; r++) {
-#pragma GCC unroll 4
-    for (size_t c = 0; c < C; c++) sums[r][c] = Vector{};
-  }
-  Rows<R> rows(a, a_apart);
+  unrolled<R>([&](auto r) INLINED { unrolled<C>([&](auto c) INLINED { sums[r][c] = Vector{}; }); });
+  Rows<R, Number> rows(a, a_apart);
   size_t k = 0;
   for (; k + LINE <= depth; k += LINE) {
     if (CALL_AHEAD && ahead != nullptr) {
-#pragma GCC unroll 24
-      for (size_t r = 0; r < R; r++) __builtin_prefetch(ahead + r * LINE);
+      unrolled<R>([&](auto r) INLINED { __builtin_prefetch(ahead + r * LINE); });
       ahead += R * LINE;
     }
 #pragma GCC unroll 16
-    for (size_t i = 0; i < LINE; i++) step(sums, rows, i, b + i * C * LANES);
+    for (size_t i = 0; i < LINE; i++) {
+      step(sums, b + i * C * LANES, [&](size_t r) INLINED { return spread(rows.at(r), i); });
+    }
     rows.go_on(LINE);
     b += LINE * C * LANES;
   }
-  for (size_t i = 0; k + i < depth; i++) step(sums, rows, i, b + i * C * LANES);
-#pragma GCC unroll 24
-  for (size_t r = 0; r < R; r++) {
-#pragma GCC unroll 4
-    for (size_t c = 0; c < C; c++) store(out + r * out_apart + c * LANES, sums[r][c]);
+  for (; k < depth; k++) {
+    step(sums, b, [&](size_t r) INLINED { return spread_last(rows.at(r)); });
+    rows.go_on(1);
+    b += C * LANES;
   }
+  unrolled<R>([&](auto r) INLINED {
+    unrolled<C>([&](auto c) INLINED { store(out + r * out_apart + c * LANES, sums[r][c]); });
+  });
 }
 
 // `tile` for any number of rows up to R.
 template <size_t R, size_t C>
-inline void tile_of(size_t rows, const float* a, size_t a_apart, const float* b, size_t depth, float* out, size_t out_apart,
-                    const float* ahead) {
+inline void tile_of(size_t rows, const float* a, size_t a_apart, const float* b, size_t depth, float* out, size_t out_apart) {
   if constexpr (R > 0) {
     if (rows == R) {
-      tile<R, C>(a, a_apart, b, depth, out, out_apart, ahead);
+      tile<R, C, float>(a, a_apart, b, depth, out, out_apart, nullptr);
     } else {
-      tile_of<R - 1, C>(rows, a, a_apart, b, depth, out, out_apart, ahead);
+      tile_of<R - 1, C>(rows, a, a_apart, b, depth, out, out_apart);
     }
   }
 }
 
-// out[n, v] = n rows of a kernel times a panel of C vectors, in tiles. Each calls the next rows into the cache, and the last
-// one those at `then`; nullptr: none does.
-template <size_t C>
-inline void rows_times_panel(const float* kernel, size_t rows, size_t depth, const float* panel, float* out, const float* then) {
+// out[n, v] = n rows of a kernel times a panel of C vectors, in tiles; what is less than a tile, row by row. Each calls the
+// next rows into the cache, and the last one those at `then`; nullptr: none does.
+template <size_t C, class Number>
+inline void rows_times_panel(const Number* kernel, size_t rows, size_t depth, const float* panel, float* out,
+                             const Number* then) {
   constexpr size_t R = TILE / C, width = C * LANES;
-  for (size_t r = 0; r < rows; r += R) {
-    const float *a = kernel + r * depth, *next = r + R < rows ? a + R * depth : then;
-    tile_of<R, C>(std::min(R, rows - r), a, depth, panel, depth, out + r * width, width, then ? next : nullptr);
+  for (size_t r = 0; r < rows;) {
+    const size_t taken = r + R <= rows ? R : 1;
+    const Number *a = kernel + r * depth, *next = r + taken < rows ? a + taken * depth : then;
+    const auto one = taken == R ? tile<R, C, Number> : tile<1, C, Number>;
+    one(a, depth, panel, depth, out + r * width, width, then ? next : nullptr);
+    r += taken;
   }
 }
 

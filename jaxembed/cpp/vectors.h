@@ -48,7 +48,6 @@ inline void turn(const float* from, size_t from_apart, float* to, size_t to_apar
   }
 }
 
-
 // x * Phi(x). erf is the quotient of polynomials that XLA computes it by, 1 from 3.83 on.
 template <class V> inline V gelu(V x) {
   const V end = V{} + 3.832506856900711f;

@@ -42,8 +42,9 @@ def kernels() -> Iterator[None]:
         yield
 
 
-def normal(*shape: int, seed: int = 0) -> Floats:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+def normal(*shape: int, seed: int = 0, dtype: str = "float32") -> Floats:
+    """Random numbers, of those that there are in a dtype."""
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype).astype(np.float32)
 
 
 def check_products(size: tuple[int, int], act: str | None, dtype: str, counts: Sequence[int]) -> None:
@@ -51,14 +52,14 @@ def check_products(size: tuple[int, int], act: str | None, dtype: str, counts: S
     depth, width = size
     kernel = (normal(width, depth, seed=1000) / np.float32(depth**0.5)).astype(dtype)
     bias = normal(width)
-    inputs = [normal(1, tokens, depth, seed=tokens) for tokens in counts]
+    inputs = [normal(1, tokens, depth, seed=tokens, dtype=dtype) for tokens in counts]
 
     @jax.jit
     def call(inputs: list[jax.Array], *given: jax.Array) -> list[tuple[jax.Array, ...]]:
         return [cpu_kernels.products(x, [(given[0], given[1]), (given[0], None)], act) for x in inputs]
 
     for x, got in zip(inputs, call(inputs, kernel, bias), strict=True):
-        plain = x.astype(dtype).astype(np.float64) @ kernel.astype(np.float64).T
+        plain = x.astype(np.float64) @ kernel.astype(np.float64).T
         for one, wanted in zip(got, (plain + bias, plain), strict=True):
             if act is not None:
                 wanted = 0.5 * wanted * (1 + erf(wanted * 0.5**0.5))
@@ -72,27 +73,17 @@ def test_products(size: tuple[int, int], act: str | None) -> None:
     check_products(size, act, "float32", (1, 7, 8, 9, 16, 17, 31, 33, 64, 100, 257))
 
 
-@pytest.fixture
-def half() -> None:
-    """A CPU that multiplies in bfloat16."""
-    if not cpu_kernels.takes(BFLOAT16, 32):
-        pytest.skip("this CPU has no AMX, or this compiler does not know it")
-
-
-@pytest.mark.parametrize("size", [(32, 1), (64, 50), (384, 96), (768, 131), (1536, 49)])
+@pytest.mark.parametrize("size", [(1, 1), (5, 3), (32, 1), (64, 50), (100, 50), (384, 96), (768, 131), (1536, 49)])
 @pytest.mark.parametrize("act", [None, "gelu"])
-@pytest.mark.usefixtures("half")
 def test_products_in_bfloat16(size: tuple[int, int], act: str | None) -> None:
-    """The same; more tokens than one group too."""
+    """The same, by vectors or by AMX; more tokens than one group too."""
     check_products(size, act, "bfloat16", (1, 7, 16, 17, 31, 33, 64, 100, 1500))
 
 
-def test_what_they_take() -> None:
-    """float32 always; bfloat16 for features in steps of 32, and only where there is AMX; nothing else."""
-    assert all(cpu_kernels.takes(jnp.dtype("float32"), depth) for depth in (1, 33, 384))
-    assert not any(cpu_kernels.takes(BFLOAT16, depth) for depth in (1, 33, 400))
-    assert " amx_bf16 " in f"{cpu_kernels.host_cpu()} " or not cpu_kernels.takes(BFLOAT16, 384)
-    assert not cpu_kernels.takes(jnp.dtype("float16"), 384)
+def test_what_is_left_to_amx() -> None:
+    """Features in steps of 32, and only where there is that."""
+    assert not any(cpu_kernels.by_amx(depth) for depth in (1, 33, 400))
+    assert " amx_bf16 " in f"{cpu_kernels.host_cpu()} " or not cpu_kernels.by_amx(384)
 
 
 def check_linear_norm(size: tuple[int, int], dtype: str) -> None:
@@ -100,7 +91,10 @@ def check_linear_norm(size: tuple[int, int], dtype: str) -> None:
     depth, width = size
     kernel = (normal(width, depth, seed=1000) / np.float32(depth**0.5)).astype(dtype)
     bias, scale, shift = normal(3, width, seed=1)
-    inputs = [(normal(1, tokens, depth, seed=tokens), normal(1, tokens, width)) for tokens in (1, 9, 16, 33, 100, 257)]
+    inputs = [
+        (normal(1, tokens, depth, seed=tokens, dtype=dtype), normal(1, tokens, width))
+        for tokens in (1, 9, 16, 33, 100, 257)
+    ]
 
     @jax.jit
     def call(inputs: list[tuple[jax.Array, jax.Array]], *given: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
@@ -114,7 +108,7 @@ def check_linear_norm(size: tuple[int, int], dtype: str) -> None:
         ]
 
     for (x, residual), got in zip(inputs, call(inputs, kernel, bias, scale, shift), strict=True):
-        plain = residual + x.astype(dtype).astype(np.float64) @ kernel.astype(np.float64).T
+        plain = residual + x.astype(np.float64) @ kernel.astype(np.float64).T
         for one, total, added in zip(got, (plain + bias, plain), (shift, 0.0), strict=True):
             centred = total - total.mean(axis=-1, keepdims=True)
             wanted = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-3) * scale + added
@@ -129,8 +123,7 @@ def test_linear_norm(size: tuple[int, int]) -> None:
     check_linear_norm(size, "float32")
 
 
-@pytest.mark.parametrize("size", [(32, 3), (64, 50), (384, 384)])
-@pytest.mark.usefixtures("half")
+@pytest.mark.parametrize("size", [(5, 3), (32, 3), (64, 50), (384, 384)])
 def test_linear_norm_in_bfloat16(size: tuple[int, int]) -> None:
     check_linear_norm(size, "bfloat16")
 
@@ -162,8 +155,7 @@ def test_feed_forward(inner: int, width: int, act: str | None) -> None:
     check_feed_forward(inner, width, act, "float32")
 
 
-@pytest.mark.parametrize(("inner", "width"), [(32, 32), (96, 64), (1536, 384)])
-@pytest.mark.usefixtures("half")
+@pytest.mark.parametrize(("inner", "width"), [(3, 5), (32, 32), (100, 64), (96, 64), (1536, 384)])
 def test_feed_forward_in_bfloat16(inner: int, width: int) -> None:
     check_feed_forward(inner, width, "gelu", "bfloat16")
 
@@ -236,7 +228,7 @@ def test_attention(lengths: list[int], heads: int, kv_heads: int, width: int, fl
         for head in range(heads):
             key, value = (x[row, head // (heads // kv_heads)] for x in (k, v))
             query, tolerance = q[row, head], 2e-6
-            coarse = dtype == "bfloat16" and count > 32 and cpu_kernels.takes(BFLOAT16, width)
+            coarse = dtype == "bfloat16" and count > 32 and cpu_kernels.by_amx(width)
             if coarse:
                 # A weight between two numbers may be either.
                 query, key, value, tolerance = *map(rounded, (query, key, value)), 2e-3
@@ -313,19 +305,16 @@ def test_layers_use_them_up_to_a_number_of_tokens() -> None:
         assert not used(1, None, call=call)
 
 
-def test_layers_that_they_do_not_take() -> None:
-    """One in bfloat16 with features that are no multiple of 32 is XLA's, and so is a feed-forward with it."""
-    odd = Linear((HEAD + 8, HEAD), ("embed", "heads"), "bfloat16")
-    even = Linear((HEAD, HEAD + 8), ("embed", "heads"), "bfloat16")
+def test_layers_of_two_dtypes() -> None:
+    """Are no single call."""
+    up, down = (Linear((HEAD, HEAD), ("embed", "mlp"), dtype) for dtype in ("bfloat16", "float32"))
+    norm = LayerNorm(HEAD, 1e-5)
     with right_padded(Kernels(make_mesh(jax.devices()[:1]), cpu_tokens=20)):
-        single = jax.jit(lambda x: linears(x, [odd])).lower(normal(1, 4, HEAD + 8)).as_text()
-        double = (
-            jax.jit(lambda x: feed_forward(x, even, "gelu", odd, LayerNorm(HEAD, 1e-5)))
-            .lower(normal(1, 4, HEAD))
-            .as_text()
-        )
-    assert "jaxembed_linear" not in single
-    assert "jaxembed_feed_forward" not in double
+        program = jax.jit(lambda x: feed_forward(x, up, "gelu", down, norm)).lower(normal(1, 4, HEAD)).as_text()
+        both = jax.jit(lambda x: linears(x, [up, down])).lower(normal(1, 4, HEAD)).as_text()
+    assert "@jaxembed_linear(" in program and "@jaxembed_linear_norm(" in program
+    assert "@jaxembed_feed_forward(" not in program
+    assert "@jaxembed_linear(" not in both
 
 
 MODELS: dict[str, Callable[[], Any]] = {
@@ -379,7 +368,6 @@ def test_minilm_by_them_and_without(
             assert all(name in program for name in cpu_kernels.TARGETS)
 
 
-@pytest.mark.usefixtures("half")
 def test_they_are_found_right_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """And attention is looked at in that dtype: one that is off by a hundredth is seen."""
     assert kernel_choice.right("bfloat16")
@@ -392,7 +380,6 @@ def test_they_are_found_right_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> No
     assert not kernel_choice.right("bfloat16")
 
 
-@pytest.mark.usefixtures("half")
 def test_minilm_in_bfloat16(
     cache: Path, minilm_folder: Path, minilm: Embedder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,7 +33,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(cpu_kernels, "compiler", lambda _: Path(__file__))
     monkeypatch.setattr(cpu_kernels, "build", note("build", b"library"))
     monkeypatch.setattr(cpu_kernels, "load", note("load", None))
-    monkeypatch.setattr(cpu_kernels, "takes", lambda *_: True)
+    monkeypatch.setattr(cpu_kernels, "by_amx", lambda _: False)
     monkeypatch.setattr(kernel_choice, "right", note("try", True))
     monkeypatch.setattr(kernel_choice, "worth", note("time", TOKENS))
     return done
@@ -76,13 +76,6 @@ def test_each_dtype_for_itself(built: list[str], cache: Path, monkeypatch: pytes
     use_cache(cache)
     assert (tokens(), tokens(dtype="bfloat16")) == (0, 64)
     assert built == ["load"]
-
-
-def test_what_they_do_not_take(built: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not tried: that might be an illegal instruction."""
-    monkeypatch.setattr(cpu_kernels, "takes", lambda *_: False)
-    assert tokens(dtype="bfloat16") == 0
-    assert built == ["build", "load"]
 
 
 def test_nothing_is_built_without_a_cache(built: list[str]) -> None:
@@ -205,9 +198,8 @@ def test_a_compiler_that_fails(
         ("float32", "x86_64", "flags : sse avx2 fma", True),
         ("float32", "x86_64", "flags : sse avx2x fma", False),
         ("float32", "aarch64", "avx2 fma", False),
-        ("bfloat16", "x86_64", "flags : sse avx2 fma", False),
-        ("bfloat16", "x86_64", "flags : sse avx2 fma avx512_bf16", False),
-        ("bfloat16", "x86_64", "flags : sse avx2 fma avx512_bf16 amx_bf16 amx_tile", True),
+        ("bfloat16", "x86_64", "flags : sse avx2 fma", True),
+        ("bfloat16", "x86_64", "flags : sse avx", False),
         ("float16", "x86_64", "flags : sse avx2 fma", False),
     ],
 )
