@@ -63,7 +63,7 @@ test: $(VENV)/.test  ## install and run the tests (ARGS='-n 0 -k bert')
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-gpu: $(VENV)-gpu/.ready  ## on a machine with an NVIDIA GPU: every architecture against its original there, and its own kernels
-	JAXEMBED_TEST_PLATFORMS=cuda,cpu $(VENV)-gpu/bin/python -m pytest tests/gpu tests/jaxembed/models $(ARGS)
+	JAXEMBED_TEST_OPTIMISED=1 JAXEMBED_TEST_PLATFORMS=cuda,cpu $(VENV)-gpu/bin/python -m pytest tests/gpu tests/jaxembed/models $(ARGS)
 
 parity: $(VENV)/.test  ## compare every architecture with its original; the figures go into README.md and docs/numerics.md
 	$(BIN)/python tests/parity_report.py

@@ -75,23 +75,29 @@ def linear(x: Float[Array, "B T In"], kernel: Float[Array, "Out In"]) -> Float[A
     to read again (docs/performance.md).
     """
 
-    def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return matmul("BTI,OI->BTO", x, kernel, kernel.dtype)
-
-    def turned(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jnp.moveaxis(matmul("OI,BTI->OBT", kernel, x, kernel.dtype), 0, -1)
-
-    def narrow(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return matmul("BTI,OI->BTO", x, kernel, kernel.dtype, written=kernel.dtype)
-
     tokens = x.shape[0] * x.shape[1]
     half = kernel.dtype == jnp.bfloat16
-    on_cpu = plain if tokens > FEW_TOKENS or (half and tokens % ABREAST) else turned
-    on_gpu = narrow if half else plain
+    on_cpu = plain_product if tokens > FEW_TOKENS or (half and tokens % ABREAST) else turned_product
+    on_gpu = narrow_product if half else plain_product
     if on_cpu is on_gpu:
-        return plain(x, kernel)
-    product: jax.Array = jax.lax.platform_dependent(x, kernel, cpu=on_cpu, cuda=on_gpu, default=plain)
+        return plain_product(x, kernel)
+    product: jax.Array = jax.lax.platform_dependent(x, kernel, cpu=on_cpu, cuda=on_gpu, default=plain_product)
     return product
+
+
+def plain_product(x: Float[Array, "B T In"], kernel: Float[Array, "Out In"]) -> Float[Array, "B T Out"]:
+    """x @ kernel^T as it stands."""
+    return matmul("BTI,OI->BTO", x, kernel, kernel.dtype)
+
+
+def turned_product(x: Float[Array, "B T In"], kernel: Float[Array, "Out In"]) -> Float[Array, "B T Out"]:
+    """The same as (kernel @ x^T)^T."""
+    return jnp.moveaxis(matmul("OI,BTI->OBT", kernel, x, kernel.dtype), 0, -1)
+
+
+def narrow_product(x: Float[Array, "B T In"], kernel: Float[Array, "Out In"]) -> Float[Array, "B T Out"]:
+    """The same, written in the dtype of the kernel."""
+    return matmul("BTI,OI->BTO", x, kernel, kernel.dtype, written=kernel.dtype)
 
 
 class Linear(nnx.Module):

@@ -114,18 +114,26 @@ def masked_scores(
     float32 whatever `dtype` says: XLA has none of bfloat16 for heads there, and would round to it only to compute in
     float32 after all.
     """
-
-    def chosen(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
-        return jnp.where(mask[:, None, None, :], matmul("BNTH,BNSH->BNTS", q, k, dtype), MASKED)
-
-    def added(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
-        hidden = jnp.broadcast_to(jnp.where(mask, 0.0, MASKED)[:, None, :, None], (*k.shape[:3], 1))
-        ones = jnp.ones((*q.shape[:3], 1), q.dtype)
-        keys = jnp.concatenate([k, hidden], axis=-1)
-        return matmul("BNTH,BNSH->BNTS", jnp.concatenate([q, ones], axis=-1), keys, FLOAT32)
-
-    scores: jax.Array = jax.lax.platform_dependent(q, k, mask, cpu=added, default=chosen)
+    chosen = partial(scores_chosen, dtype=dtype)
+    scores: jax.Array = jax.lax.platform_dependent(q, k, mask, cpu=scores_added, default=chosen)
     return scores
+
+
+def scores_chosen(
+    q: Float[Array, "B N T H"], k: Float[Array, "B N S H"], mask: Bool[Array, "B S"], *, dtype: jnp.dtype
+) -> Float[Array, "B N T S"]:
+    """`masked_scores` by a pass over all scores."""
+    return jnp.where(mask[:, None, None, :], matmul("BNTH,BNSH->BNTS", q, k, dtype), MASKED)
+
+
+def scores_added(
+    q: Float[Array, "B N T H"], k: Float[Array, "B N S H"], mask: Bool[Array, "B S"]
+) -> Float[Array, "B N T S"]:
+    """`masked_scores` by one more feature."""
+    hidden = jnp.broadcast_to(jnp.where(mask, 0.0, MASKED)[:, None, :, None], (*k.shape[:3], 1))
+    ones = jnp.ones((*q.shape[:3], 1), q.dtype)
+    keys = jnp.concatenate([k, hidden], axis=-1)
+    return matmul("BNTH,BNSH->BNTS", jnp.concatenate([q, ones], axis=-1), keys, FLOAT32)
 
 
 def weighted(weights: Float[Array, "B N T S"], v: Float[Array, "B N S H"], dtype: jnp.dtype) -> Float[Array, "B N T H"]:

@@ -8,6 +8,7 @@ It stands beside `parity.py`, since what it reads are the tests' own records; no
 """
 
 import importlib
+import os
 import pkgutil
 import re
 import sys
@@ -187,6 +188,7 @@ def replace(text: str, block: str) -> str:
 
 def main() -> None:
     figures = Figures()
+    os.environ["JAXEMBED_TEST_OPTIMISED"] = "1"
     status = pytest.main([str(MODELS), str(MINILM)], plugins=[figures])
     if status != pytest.ExitCode.OK:
         raise SystemExit(status)
