@@ -68,6 +68,7 @@ def test_each_dtype_for_itself(built: list[str], cache: Path, monkeypatch: pytes
 
     monkeypatch.setattr(kernel_choice, "right", right)
     monkeypatch.setattr(kernel_choice, "worth", {"float32": 16, "bfloat16": 64}.get)
+    monkeypatch.setattr(cpu_kernels, "by_amx", lambda _: True)
     assert tokens(dtype="bfloat16") == 64
     assert built == ["build", "load", "bfloat16"]
     assert tokens() == 0
@@ -76,6 +77,17 @@ def test_each_dtype_for_itself(built: list[str], cache: Path, monkeypatch: pytes
     use_cache(cache)
     assert (tokens(), tokens(dtype="bfloat16")) == (0, 64)
     assert built == ["load"]
+
+
+@pytest.mark.parametrize(("amx", "worth", "used"), [(False, 128, 0), (False, TOKENS, TOKENS), (True, 128, 128)])
+def test_all_batches_or_none_where_operands_are_rounded_otherwise(
+    amx: bool, worth: int, used: int, built: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16 without AMX a text has one vector in batches of all sizes; in float32 any number will do."""
+    monkeypatch.setattr(cpu_kernels, "by_amx", lambda _: amx)
+    monkeypatch.setattr(kernel_choice, "worth", lambda _: worth)
+    assert tokens(dtype="bfloat16") == used
+    assert tokens() == worth
 
 
 def test_nothing_is_built_without_a_cache(built: list[str]) -> None:
