@@ -20,6 +20,11 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 # No C++ compiler but for the tests of what it compiles (`cxx`): each empty cache would take seconds to be filled.
 os.environ["CXX"] = "none"
+# The same operations in machine code that is not optimised, and so made in half the time. `make parity`, servers in
+# processes and the real model in `test_minilm` have it as users do.
+UNOPTIMISED = "--xla_backend_optimization_level=0"
+if "JAXEMBED_TEST_OPTIMISED" not in os.environ and UNOPTIMISED not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {UNOPTIMISED}".strip()
 
 # All of this must stand before the first array, and the hook before the first import of the library.
 assert "jaxembed" not in sys.modules, "jaxembed was imported before its run-time shape checks were installed"

@@ -4,7 +4,6 @@ The tests build a tiny random model in torch, save it as a real checkpoint, load
 compare layer by layer. Knows no architecture but the tiny BERT that other tests borrow.
 """
 
-import os
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -59,9 +58,6 @@ SIZES: dict[str, Any] = {name: value for name, value in TINY.items() if name != 
 """The same without what is no size, for a configuration that is written or compared as it stands."""
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-
-COMPILER_OPTIONS = None if os.environ.get("JAXEMBED_TEST_OPTIMISED") else {"xla_backend_optimization_level": 0}
-"""The same operations in machine code that is made in half the time; `make parity` has it optimised, as users have."""
 
 torch.set_num_threads(2)
 
@@ -200,8 +196,7 @@ def check_parity(
 
     worst = 0.0
     for kind, tokens in (("padded", padded), ("flat", in_line(ids, types, lengths))):
-        program = ours.lower(model.leaves, tokens).compile(compiler_options=COMPILER_OPTIONS)
-        states, vectors = program(model.leaves, tokens)
+        states, vectors = ours(model.leaves, tokens)
         assert len(states) == len(output.hidden_states)
         for layer, (got, want) in enumerate(zip(states, output.hidden_states, strict=True)):
             got = np.asarray(got)

@@ -4,7 +4,7 @@
 # Letters that look like others are what the corpus is for.
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -14,7 +14,7 @@ import pytest
 from parity import cosines
 from sentence_transformers import SentenceTransformer
 
-from jaxembed import Bucket, Embedder, Ladder, make_mesh
+from jaxembed import Bucket, Embedder, Ladder, make_mesh, program
 from jaxembed.packing import Row, pack
 
 MIN_COSINE = 0.99999
@@ -79,6 +79,20 @@ TEXTS = corpus()
 def difference(a: Vectors, b: Vectors) -> float:
     """Largest absolute difference."""
     return float(np.abs(a - b).max())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optimised() -> Iterator[None]:
+    """Machine code as users have it, which most tests do without."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "compiler_options", lambda *_: {"xla_backend_optimization_level": 3})
+        yield
+
+
+@pytest.fixture(scope="module")
+def minilm(minilm_folder: Path) -> Embedder:
+    """The model on one device, with executables of its own."""
+    return Embedder.from_pretrained(minilm_folder, mesh=make_mesh(jax.devices()[:1]))
 
 
 @pytest.fixture(scope="module")

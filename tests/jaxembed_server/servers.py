@@ -30,7 +30,7 @@ class Server:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "XLA_FLAGS": "", **environment},
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
