@@ -384,7 +384,7 @@ def test_minilm_in_bfloat16(
     cache: Path, minilm_folder: Path, minilm: Embedder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Next to the vectors in float32, as near as XLA's in bfloat16 (test_minilm); they are really used."""
-    monkeypatch.setattr(kernel_choice, "worth", lambda _: 128)
+    monkeypatch.setattr(kernel_choice, "worth", lambda _: max(kernel_choice.TIMED))
     texts = ["a", "two words", "the rest of a longer sentence " * 5, "", "what is the capital of France?"]
     shapes = [Bucket(5, 64, 96), Bucket(1, 256)]
     embedder = Embedder.from_pretrained(
