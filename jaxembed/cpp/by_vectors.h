@@ -49,15 +49,16 @@ template <class Number> class ByVectors {
       const Block block(matrices, BLOCK, task / groups);
       const Number* kernel = static_cast<const Number*>(block.one->kernel) + block.first * K;
       const size_t from = task % groups * group, end = std::min(count_, from + group);
-      // The first panel has to wait for the kernel. The blocks between are other threads'.
-      if (std::is_same_v<Number, float> || end - from <= FEW) {
-        times_panels(kernel, kernel + crew.share() * BLOCK * K, block, panels, K, from, end, take);
-      } else if constexpr (std::is_same_v<Number, Half>) {
-        static thread_local std::vector<float> wide;
-        if (wide.size() < BLOCK * K) wide.resize(BLOCK * K);
-        widen(kernel, block.rows * K, wide.data());
-        times_panels<float>(wide.data(), nullptr, block, panels, K, from, end, take);
+      if constexpr (std::is_same_v<Number, Half>) {
+        if (end - from > FEW) {
+          static thread_local std::vector<float> wide;
+          if (wide.size() < BLOCK * K) wide.resize(BLOCK * K);
+          widen(kernel, block.rows * K, wide.data());
+          return times_panels<float>(wide.data(), nullptr, block, panels, K, from, end, take);
+        }
       }
+      // The blocks between are other threads'.
+      times_panels(kernel, kernel + crew.share() * BLOCK * K, block, panels, K, from, end, take);
     });
   }
 
@@ -79,12 +80,13 @@ template <class Number> class ByVectors {
   static constexpr size_t FEW = 2;             // panels for which a kernel in bfloat16 is multiplied as it lies
   static constexpr size_t BLOCK = MOST_ROWS;   // output features that a thread takes: a multiple of a tile's rows
 
-  // Rows of a block times the panels between two; before the last of the first panel's, those at `then` are called.
-  template <class Rows, class Take>
-  void times_panels(const Rows* rows, const Rows* then, const Block& block, const float* panels, size_t K, size_t from,
+  // Rows of a block, as they lie or widened, times the panels from one to another. The first panel has to wait for them, and
+  // calls those that come next and, after the last, those at `then` into the cache; nullptr: it calls none.
+  template <class Weight, class Take>
+  void times_panels(const Weight* rows, const Weight* then, const Block& block, const float* panels, size_t K, size_t from,
                     size_t end, const Take& take) const {
-    constexpr decltype(&rows_times_panel<1, Rows>) multiply[] = {rows_times_panel<1, Rows>, rows_times_panel<2, Rows>,
-                                                                 rows_times_panel<3, Rows>, rows_times_panel<4, Rows>};
+    constexpr decltype(&rows_times_panel<1, Weight>) multiply[] = {
+        rows_times_panel<1, Weight>, rows_times_panel<2, Weight>, rows_times_panel<3, Weight>, rows_times_panel<4, Weight>};
     alignas(64) float out[BLOCK * MOST * LANES];
     for (size_t i = from; i < end; i++) {
       multiply[width(i) / LANES - 1](rows, block.rows, K, panels + begin(i) * K, out, i == from ? then : nullptr);
