@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxembed import cpu_kernels
+from jaxembed import cpu_kernels, cpu_library
 from jaxembed.kernels import available, tokens_there
 from jaxembed.plain_attention import attention_in_blocks, in_blocks_pays, places, plain_attention
 from jaxembed.tokens import Rows
@@ -69,7 +69,7 @@ def attention(
     hidden = bias is not None or causal or window is not None
     if kernels is not None and kernels.cpu_tokens and not hidden and cpu_attention_takes(width):
         told = (rows.starts, rows.lengths, jnp.sum(rows.mask, axis=1, dtype=jnp.int32))
-        there = tokens_there(query)
+        there = tokens_there(query.shape[:2])
         return cpu_kernels.attention(query, key, value, *told, head_dim=width, scale=scale, dtype=dtype, tokens=there)
     query, key, value = (rows.apart(x) for x in (query, key, value))
     plain = partial(plain_attention, heads=heads, dtype=dtype, scale=scale)
@@ -95,7 +95,7 @@ def attention(
 
 def cpu_attention_takes(width: int) -> bool:
     """Whether the kernel for CPU, which must be there, takes heads of this width."""
-    return width % (2 * cpu_kernels.lanes()) == 0
+    return width % (2 * cpu_library.lanes()) == 0
 
 
 def fused_attention_takes(length: int, width: int, dtype: jnp.dtype, causal: bool, window: int | None) -> bool:

@@ -15,7 +15,17 @@ from jaxembed.architecture import Weight, Weights
 from jaxembed.attention import attention
 from jaxembed.configs import check_heads, read_fields
 from jaxembed.errors import UnsupportedModelError
-from jaxembed.layers import Embedding, LayerNorm, Linear, activation, feed_forward, linear_norm, linears
+from jaxembed.layers import (
+    Embedding,
+    LayerNorm,
+    Linear,
+    LookUp,
+    activation,
+    embedded,
+    feed_forward,
+    linear_norm,
+    linears,
+)
 from jaxembed.tokens import Rows, Tokens
 
 __all__ = [
@@ -101,16 +111,16 @@ class BertEmbeddings(nnx.Module):
         self.padding = padding
 
     def __call__(self, tokens: Tokens) -> Float[Array, "L M D"]:
-        x = self.norm(self.total(tokens))
+        x = embedded(self.lookups(tokens), self.norm)
         return x if self.projection is None else self.projection(x)
 
-    def total(self, tokens: Tokens) -> Float[Array, "L M E"]:
-        """What is normalised: all that is known of each token."""
-        x = self.word(tokens.input_ids) + self.position(self.places(tokens))
+    def lookups(self, tokens: Tokens) -> list[LookUp]:
+        """What is summed up and normalised: all that is known of each token."""
+        found = [(self.word, tokens.input_ids), (self.position, self.places(tokens))]
         if self.token_type is not None:
             # With one type only, both texts of a pair are of it.
-            x = x + self.token_type(jnp.minimum(tokens.token_types, self.types - 1))
-        return x
+            found.append((self.token_type, jnp.minimum(tokens.token_types, self.types - 1)))
+        return found
 
     def places(self, tokens: Tokens) -> Int[Array, "_ M"]:
         """The row of the position table for each token."""

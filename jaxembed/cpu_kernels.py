@@ -1,68 +1,37 @@
-"""Products with weights and attention in C++, for one CPU, called by XLA's executables.
+"""What a model is made of, in C++, for one CPU, called by XLA's executables.
 
-XLA's matrix product on CPU repacks one of its operands at every call, which few tokens do not repay, and its attention
-over short rows is many small steps. The source, in `cpp`, is compiled on the machine it runs on, by that
-machine's C++ compiler, which knows the vectors that there are; without one everything is XLA's (docs/performance.md).
-Letters in shapes are those of `layers` and `tokens`.
+XLA's matrix product on CPU repacks one of its operands at every call, which few tokens do not repay, its attention
+over short rows is many small steps, and what
+it computes it computes for all tokens that there is room for. Letters in shapes are those of `layers` and `tokens`.
 
 Each can be told how many tokens there are, of all lines together: what stands behind them is not looked at, and in the
 result anything may stand there.
+
+All raise RuntimeError where the library (`cpu_library`) is not loaded.
 """
 
-import ctypes
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxembed import cpu_library
+from jaxembed.cpu_library import Target
+
 __all__ = [
-    "DTYPES",
+    "ACTIVATIONS",
+    "LookUp",
     "Norm",
     "Product",
     "attention",
-    "build",
-    "by_amx",
-    "compiler",
+    "embed",
     "feed_forward",
-    "host_cpu",
-    "lanes",
     "linear_norm",
-    "load",
     "products",
-    "running",
+    "totals",
 ]
-
-logger = logging.getLogger(__name__)
-
-SOURCE = Path(__file__).parent / "cpp" / "calls.cpp"
-FLAGS = (
-    *("-std=c++17", "-O2", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
-    *("-fPIC", "-shared", "-pthread"),
-)
-TARGETS = ("jaxembed_linear", "jaxembed_linear_norm", "jaxembed_feed_forward", "jaxembed_attention")
-FUNCTIONS = (
-    ("jaxembed_lanes", ctypes.c_int64, 0),
-    ("jaxembed_room", ctypes.c_int64, 2),
-    ("jaxembed_amx", ctypes.c_bool, 1),
-)
-"""Others that are called from here, their results, and how many integers they are given."""
-
-NEEDED = ("avx2", "fma")
-"""What a CPU must be able to do, as Linux calls it. On others nothing was measured."""
-
-DTYPES = ("float32", "bfloat16")
-"""Of kernels that are taken."""
 
 ACTIVATIONS: Mapping[str | None, int] = {None: 0, "gelu": 1}
 """Functions that a product can end with, by Hugging Face's names, and their numbers in the source."""
@@ -73,104 +42,29 @@ Product = tuple[Float[Array, "N K"], Float[Array, " N"] | None]
 Count = Int[Array, ""] | None
 """How many tokens there are, the first ones; None: all."""
 
+LookUp = tuple[Float[Array, "_ N"], Int[Array, "_ _"]]
+"""A table of vectors, and which of them each token has; one for all where an axis has the size 1."""
+
 Norm = tuple[Float[Array, " N"], Float[Array, " N"] | None, float]
 """Scale and bias of a LayerNorm, and what it adds to the variance."""
 
 
-def compiler(dtype: str) -> Path | None:
-    """The C++ compiler for this machine: $CXX, or `c++`; None if there is none, or nothing to do in that dtype."""
-    if dtype not in DTYPES or platform.machine() != "x86_64":
-        return None
-    if not all(f" {flag} " in f"{host_cpu()} " for flag in NEEDED):
-        return None
-    found = shutil.which(os.environ.get("CXX") or "c++")
-    return None if found is None else Path(found).resolve()
+def embed(
+    lookups: Sequence[LookUp], norm: Norm, *, shape: tuple[int, int], tokens: Count = None
+) -> Float[Array, "L M N"]:
+    """norm(the sum of what each table has for a token).
 
-
-def build(program: Path) -> bytes | None:
-    """Compile the source into a shared library; None if that compiler cannot."""
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "kernels.so"
-        command = [*map(str, (program, *FLAGS, SOURCE, "-o", target)), f"-I{jax.ffi.include_dir()}"]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except OSError as error:
-            logger.warning("%s cannot be run: %s", program, error.strerror)
-            return None
-        if done.returncode != 0:
-            lines = done.stderr.strip().splitlines() or ["it says nothing"]
-            logger.warning("%s cannot compile the kernels for CPU, XLA's are used: %s", program, lines[0])
-            return None
-        return target.read_bytes()
-
-
-_loaded: ctypes.PyDLL | None = None
-
-
-def load(library: bytes) -> None:
-    """Make the functions of a compiled library known to XLA. Once in a process; its code stays.
-
-    Raises:
-        OSError: this is no library of this machine.
+    Args:
+        lookups: tables, all in one of `cpu_library.DTYPES`, and ids; beyond either end the first or the last is read.
+        norm: of the sum.
+        shape: (L, M).
     """
-    global _loaded
-    if _loaded is not None:
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernels.so"
-        file.write_bytes(library)
-        # Its functions are called with the interpreter's lock held: they return at once.
-        loaded = ctypes.PyDLL(str(file))
-    for name in TARGETS:
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
-    for name, result, arguments in FUNCTIONS:
-        function = getattr(loaded, name)
-        function.restype, function.argtypes = result, [ctypes.c_int64] * arguments
-    _loaded = loaded
-
-
-def library() -> ctypes.PyDLL:
-    """What is loaded.
-
-    Raises:
-        RuntimeError: nothing is.
-    """
-    if _loaded is None:
-        raise RuntimeError("the kernels for CPU are not loaded")
-    return _loaded
-
-
-def lanes() -> int:
-    """Numbers of a vector: heads must have a multiple of twice as many features.
-
-    Raises:
-        RuntimeError: nothing is loaded.
-    """
-    return int(library().jaxembed_lanes())
-
-
-def by_amx(depth: int) -> bool:
-    """Whether products in bfloat16 with so many input features are the matrix unit's; else they are the vectors'.
-
-    It takes multiples of 32, and rounds inputs to bfloat16; vectors multiply in float32.
-
-    Raises:
-        RuntimeError: nothing is loaded.
-    """
-    return bool(library().jaxembed_amx(depth))
-
-
-@contextmanager
-def running() -> Iterator[None]:
-    """A run of a model: those that are under way at a time share the cores out among them."""
-    if _loaded is None:
-        yield
-        return
-    _loaded.jaxembed_begin()
-    try:
-        yield
-    finally:
-        _loaded.jaxembed_end()
+    width = lookups[0][0].shape[1]
+    spread = [(table, jnp.broadcast_to(ids.astype(jnp.int32), shape)) for table, ids in lookups]
+    call = jax.ffi.ffi_call(Target.EMBED, written((*shape, width)))
+    operands = (*(array for one in spread for array in one), *with_bias(norm[:2]), counted(shape, tokens))
+    embedded: jax.Array = call(*operands, eps=np.float32(norm[2]))
+    return embedded
 
 
 def products(
@@ -184,12 +78,12 @@ def products(
 
     Args:
         x: float32.
-        matrices: kernels, [output, input], all in one of `DTYPES`, and their biases.
+        matrices: kernels, [output, input], all in one of `cpu_library.DTYPES`, and their biases.
         activation: one of `ACTIVATIONS`.
     """
     shapes = [(*x.shape[:-1], kernel.shape[0]) for kernel, _ in matrices]
-    call = jax.ffi.ffi_call(TARGETS[0], [*map(written, shapes), room(x, x.shape[-1])])
-    operands = (x, counted(x, tokens), *(array for one in matrices for array in with_bias(one)))
+    call = jax.ffi.ffi_call(Target.LINEAR, [*map(written, shapes), room(x, x.shape[-1])])
+    operands = (x, counted(x.shape[:2], tokens), *(array for one in matrices for array in with_bias(one)))
     results: Sequence[jax.Array] = call(*operands, activation=np.int32(ACTIVATIONS[activation]))
     return tuple(results[:-1])
 
@@ -201,11 +95,11 @@ def linear_norm(
 
     Args:
         x, residual: float32.
-        matrix: kernel, [output, input], in one of `DTYPES`, and bias.
+        matrix: kernel, [output, input], in one of `cpu_library.DTYPES`, and bias.
         norm: of the sum.
     """
-    call = jax.ffi.ffi_call(TARGETS[1], [written(residual.shape), room(x, x.shape[-1])])
-    operands = (x, counted(x, tokens), *with_bias(matrix), residual, *with_bias(norm[:2]))
+    call = jax.ffi.ffi_call(Target.LINEAR_NORM, [written(residual.shape), room(x, x.shape[-1])])
+    operands = (x, counted(x.shape[:2], tokens), *with_bias(matrix), residual, *with_bias(norm[:2]))
     results: Sequence[jax.Array] = call(*operands, eps=np.float32(norm[2]))
     return results[0]
 
@@ -223,12 +117,12 @@ def feed_forward(
 
     Args:
         x: float32.
-        up, down: kernels, [output, input], both in one of `DTYPES`, and their biases.
+        up, down: kernels, [output, input], both in one of `cpu_library.DTYPES`, and their biases.
         activation: one of `ACTIVATIONS`.
         norm: of the sum.
     """
-    call = jax.ffi.ffi_call(TARGETS[2], [written(x.shape), room(x, sum(down[0].shape))])
-    operands = (x, counted(x, tokens), *with_bias(up), *with_bias(down), *with_bias(norm[:2]))
+    call = jax.ffi.ffi_call(Target.FEED_FORWARD, [written(x.shape), room(x, sum(down[0].shape))])
+    operands = (x, counted(x.shape[:2], tokens), *with_bias(up), *with_bias(down), *with_bias(norm[:2]))
     options = {"activation": np.int32(ACTIVATIONS[activation]), "eps": np.float32(norm[2])}
     results: Sequence[jax.Array] = call(*operands, **options)
     return results[0]
@@ -245,14 +139,14 @@ def with_bias(one: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.A
     return first, jnp.zeros(0, jnp.float32) if bias is None else bias
 
 
-def counted(x: Float[Array, "L M K"], tokens: Count) -> Int[Array, " 1"]:
-    """How many tokens there are, as the calls are told."""
-    return jnp.full(1, x.shape[0] * x.shape[1], jnp.int32) if tokens is None else tokens.astype(jnp.int32).reshape(1)
+def counted(shape: tuple[int, ...], tokens: Count) -> Int[Array, " 1"]:
+    """How many tokens of (L, M) there are, as the calls are told."""
+    return jnp.full(1, shape[0] * shape[1], jnp.int32) if tokens is None else tokens.astype(jnp.int32).reshape(1)
 
 
 def room(x: Float[Array, "L M K"], depth: int) -> jax.ShapeDtypeStruct:
     """For so many features of each token, as a kernel lays them."""
-    return written((int(library().jaxembed_room(x.shape[0] * x.shape[1], depth)),))
+    return written((cpu_library.room(x.shape[0] * x.shape[1], depth),))
 
 
 def attention(
@@ -275,21 +169,31 @@ def attention(
         starts: the first token of each row, counted over all lines; ascending.
         counts: tokens of each row.
         seen: how many of them, the first ones, are keys.
-        head_dim: H, a multiple of twice `lanes()`.
+        head_dim: H, a multiple of twice `cpu_library.lanes()`.
         scale: of the scores.
         dtype: "bfloat16" lets operands of the products be rounded to that, as they are for many keys with AMX.
     """
-    call = jax.ffi.ffi_call(TARGETS[3], written(query.shape))
+    call = jax.ffi.ffi_call(Target.ATTENTION, written(query.shape))
     options = {"half": np.int32(dtype == jnp.bfloat16), "head_dim": np.int32(head_dim), "scale": np.float32(scale)}
-    mixed: jax.Array = call(query, key, value, starts, counts, seen, counted(query, tokens), **options)
+    mixed: jax.Array = call(query, key, value, starts, counts, seen, counted(query.shape[:2], tokens), **options)
     return mixed
 
 
-@lru_cache(maxsize=1)
-def host_cpu() -> str:
-    """The CPU and what it can do: machine code for one may be illegal on another."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().split("\n\n", 1)[0].splitlines() if info.is_file() else []
-    told = [line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))]
-    # XLA shares the work out among the cores that there are.
-    return "\n".join([platform.machine(), platform.processor(), str(os.cpu_count()), *told])
+def totals(
+    x: Float[Array, "L M N"],
+    weights: Float[Array, "B T"],
+    starts: Int[Array, " B"],
+    counts: Int[Array, " B"],
+    *,
+    tokens: Count = None,
+) -> Float[Array, "B N"]:
+    """The sum of each row's tokens, each times its weight; zeros where there is no row.
+
+    Args:
+        x: float32.
+        weights: of the places of each row; behind its last token they are not looked at.
+        starts, counts: as of `attention`.
+    """
+    call = jax.ffi.ffi_call(Target.TOTALS, written((weights.shape[0], x.shape[-1])))
+    summed: jax.Array = call(x, weights, starts, counts, counted(x.shape[:2], tokens))
+    return summed

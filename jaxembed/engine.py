@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from jaxembed import cache, cpu_kernels
+from jaxembed import cache, cpu_library
 from jaxembed.buckets import Ladder
 from jaxembed.cost import ACCELERATOR_PRICES, Cost
 from jaxembed.errors import BucketError
@@ -129,7 +129,7 @@ class Engine:
         if self.platform == "gpu":
             self._shared, self._alone = GPU_RUNS.shared, GPU_RUNS.alone
         elif self.platform == "cpu":
-            self._shared = cpu_kernels.running
+            self._shared = cpu_library.running
 
     @property
     def dimension(self) -> int:

@@ -16,7 +16,7 @@ from jax.experimental.serialize_executable import deserialize_and_load, serializ
 from jax.sharding import Mesh
 
 from jaxembed.cache import Cache
-from jaxembed.cpu_kernels import host_cpu
+from jaxembed.cpu_library import host_cpu
 from jaxembed.kernel_choice import cpu_tokens_on
 from jaxembed.model import Model
 from jaxembed.types import Bucket, Output

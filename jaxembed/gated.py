@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxembed.attention import attention
-from jaxembed.layers import Embedding, LayerNorm, Linear, activation, linear_norm, linears
+from jaxembed.layers import Embedding, LayerNorm, Linear, activation, embedded, linear_norm, linears
 from jaxembed.rotary import Turn
 from jaxembed.tokens import Rows, Tokens
 
@@ -124,8 +124,8 @@ class WordEmbeddings(nnx.Module):
         self.types = types
 
     def __call__(self, tokens: Tokens) -> Float[Array, "L M D"]:
-        x = self.word(tokens.input_ids)
+        lookups = [(self.word, tokens.input_ids)]
         if self.token_type is not None:
             # With one type only, both texts of a pair are of it.
-            x = x + self.token_type(jnp.minimum(tokens.token_types, self.types - 1))
-        return self.norm(x)
+            lookups.append((self.token_type, jnp.minimum(tokens.token_types, self.types - 1)))
+        return embedded(lookups, self.norm)

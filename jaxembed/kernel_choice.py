@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh
 
-from jaxembed import cache, cpu_kernels
+from jaxembed import cache, cpu_kernels, cpu_library
 from jaxembed.kernels import Kernels
 from jaxembed.layers import exact_gelu, layer_norm, linear
 from jaxembed.sharding import platform
@@ -86,7 +86,7 @@ def fused_width(capabilities: Sequence[str]) -> int:
     return 128 if least < 9.0 else 256
 
 
-@lru_cache(maxsize=len(cpu_kernels.DTYPES))
+@lru_cache(maxsize=len(cpu_library.DTYPES))
 def cpu_tokens(kept: cache.Cache | None, dtype: str) -> int:
     """`Kernels.cpu_tokens` of this machine, with the library loaded if it is not 0.
 
@@ -95,23 +95,23 @@ def cpu_tokens(kept: cache.Cache | None, dtype: str) -> int:
     """
     if kept is None:
         return 0
-    program = cpu_kernels.compiler(dtype)
+    program = cpu_library.compiler(dtype)
     if program is None:
         return 0
     stat = program.stat()
-    key = kept.key(KIND, dtype, cpu_kernels.host_cpu(), cpu_kernels.FLAGS, program, stat.st_size, stat.st_mtime_ns)
+    key = kept.key(KIND, dtype, cpu_library.host_cpu(), cpu_library.FLAGS, program, stat.st_size, stat.st_mtime_ns)
     found = kept.read(KIND, key)
     try:
         if found is not None:
             tokens = int.from_bytes(found[:2], "big")
             if tokens:
-                cpu_kernels.load(found[2:])
+                cpu_library.load(found[2:])
             return tokens
         start = time.perf_counter()
-        library = cpu_kernels.build(program)
+        library = cpu_library.build(program)
         tokens = 0
         if library is not None:
-            cpu_kernels.load(library)
+            cpu_library.load(library)
             tokens = worth(dtype) if right(dtype) else 0
             if tokens < TIMED[-1] and not as_xla_rounds(dtype):
                 # A text must not have one vector in a small batch and another in a large one.
@@ -128,13 +128,15 @@ def cpu_tokens(kept: cache.Cache | None, dtype: str) -> int:
 
 def as_xla_rounds(dtype: str) -> bool:
     """Whether they multiply what XLA's products do: with matrices in bfloat16 those round the other operand too."""
-    return dtype == "float32" or cpu_kernels.by_amx(SIZE[0])
+    return dtype == "float32" or cpu_library.by_amx(SIZE[0])
 
 
 def right(dtype: str) -> bool:
     """Whether they give what their formulas say; the log says so if not."""
     # NaN is no less than anything.
-    worst = float(np.max([*wrong_in_products(dtype), *wrong_in_norms(dtype), *wrong_in_attention(dtype)]))
+    worst = float(
+        np.max([*wrong_in_products(dtype), *wrong_in_norms(dtype), *wrong_in_attention(dtype), *wrong_in_rows(dtype)])
+    )
     if not worst <= ALLOWED:
         logger.warning("the kernels for CPU are off by %.1e, more than %.1e, and are not used", worst, ALLOWED)
         return False
@@ -173,7 +175,7 @@ def wrong_in_norms(dtype: str) -> list[float]:
 
 def wrong_in_attention(dtype: str) -> list[float]:
     """The same of each row of an `attention`."""
-    head = 2 * cpu_kernels.lanes()
+    head = 2 * cpu_library.lanes()
     counts = np.array([1, 40, 17], np.int32)
     starts = np.array([0, 1, 41], np.int32)
     q, k, v = np.random.default_rng(0).normal(size=(3, 1, 60, head)).astype(np.float32)
@@ -190,6 +192,27 @@ def wrong_in_attention(dtype: str) -> list[float]:
         wanted = weights @ v[0, row] / weights.sum(axis=1, keepdims=True)
         errors.append(float(np.abs(mixed[row] - wanted).max()))
     return errors
+
+
+def wrong_in_rows(dtype: str) -> list[float]:
+    """The same of an `embed` and of `totals`."""
+    random = np.random.default_rng(0)
+    width, rows, eps = 100, 3, 1e-5
+    scale, shift = random.normal(size=(2, width)).astype(np.float32)
+    tables = random.normal(size=(2, 9, width)).astype(dtype)
+    ids = random.integers(0, 9, (2, rows, 11), np.int32)
+
+    def embed(tables: jax.Array, ids: jax.Array) -> jax.Array:
+        norm = (jnp.asarray(scale), jnp.asarray(shift), eps)
+        return cpu_kernels.embed(list(zip(tables, ids, strict=True)), norm, shape=(rows, ids.shape[-1]))
+
+    x = sum(table.astype(np.float32)[which] for table, which in zip(tables, ids, strict=True))
+    embedded = np.asarray(layer_norm(jnp.asarray(x), jnp.asarray(scale), jnp.asarray(shift), eps))
+    weights = random.normal(size=ids.shape[1:]).astype(np.float32)
+    starts, counts = np.arange(rows, dtype=np.int32) * ids.shape[-1], np.full(rows, ids.shape[-1], np.int32)
+    totals = np.einsum("BT,BTD->BD", weights, x)
+    got = (jax.jit(embed)(tables, ids), jax.jit(cpu_kernels.totals)(x, weights, starts, counts))
+    return [float(np.abs(np.asarray(y) - z).max()) for y, z in zip(got, (embedded, totals), strict=True)]
 
 
 def product(dtype: str, tokens: int, depth: int, width: int) -> tuple[Numbers, Numbers, Numbers]:

@@ -6,7 +6,7 @@ from contextvars import ContextVar
 from typing import NamedTuple
 
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 __all__ = ["Kernels", "Line", "available", "right_padded", "tokens_there"]
 
@@ -49,10 +49,10 @@ def available() -> Kernels | None:
     return AVAILABLE.get()
 
 
-def tokens_there(x: Float[Array, "L M _"]) -> Int[Array, ""] | None:
-    """How many tokens of what stands in lines there are; None where it may be all of them."""
+def tokens_there(shape: tuple[int, ...]) -> Int[Array, ""] | None:
+    """How many tokens of what stands in lines, (L, M), there are; None where it may be all of them."""
     line = LINE.get()
-    return None if line is None or x.shape[:2] != (1, line.room) else line.tokens
+    return None if line is None or shape != (1, line.room) else line.tokens
 
 
 @contextmanager

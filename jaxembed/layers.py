@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxembed import cpu_kernels
+from jaxembed import cpu_kernels, cpu_library
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.kernels import available, tokens_there
 
@@ -21,8 +21,10 @@ __all__ = [
     "Embedding",
     "LayerNorm",
     "Linear",
+    "LookUp",
     "RMSNorm",
     "activation",
+    "embedded",
     "feed_forward",
     "layer_norm",
     "linear",
@@ -30,6 +32,7 @@ __all__ = [
     "linears",
     "matmul",
     "parameter",
+    "summed",
 ]
 
 FLOAT32 = jnp.dtype("float32")
@@ -133,9 +136,9 @@ def linears(
     are no passes of their own.
     """
     matrices = [layer.matrix for layer in layers]
-    if by_cpu_kernels(x, layers):
+    if by_cpu_kernels(x.shape[:2], [layer.kernel for layer in layers]):
         inside = act in cpu_kernels.ACTIVATIONS
-        results = cpu_kernels.products(x, matrices, act if inside else None, tokens=tokens_there(x))
+        results = cpu_kernels.products(x, matrices, act if inside else None, tokens=tokens_there(x.shape[:2]))
         act = None if inside else act
     else:
         products = [(linear(x, kernel), bias) for kernel, bias in matrices]
@@ -143,13 +146,13 @@ def linears(
     return results if act is None else tuple(map(activation(act), results))
 
 
-def by_cpu_kernels(x: Float[Array, "B T In"], layers: Sequence[Linear]) -> bool:
-    """Whether so many tokens are left to `cpu_kernels`, and the kernels of these layers are in one of their dtypes."""
+def by_cpu_kernels(shape: tuple[int, ...], weights: Sequence[nnx.Param[jax.Array]]) -> bool:
+    """Whether (L, M) tokens are left to `cpu_kernels`, and these matrices or tables are in one of their dtypes."""
     there = available()
-    if there is None or x.shape[0] * x.shape[1] > there.cpu_tokens:
+    if there is None or shape[0] * shape[1] > there.cpu_tokens:
         return False
-    dtypes = {str(layer.kernel.dtype) for layer in layers}
-    return len(dtypes) == 1 and dtypes <= set(cpu_kernels.DTYPES)
+    dtypes = {str(one.dtype) for one in weights}
+    return len(dtypes) == 1 and dtypes <= set(cpu_library.DTYPES)
 
 
 class Embedding(nnx.Module):
@@ -201,8 +204,8 @@ def linear_norm(
     x: Float[Array, "B T In"], layer: Linear, residual: Float[Array, "B T Out"], norm: LayerNorm
 ) -> Float[Array, "B T Out"]:
     """norm(residual + layer(x)); up to `Kernels.cpu_tokens` tokens by one of `cpu_kernels`."""
-    if by_cpu_kernels(x, [layer]):
-        return cpu_kernels.linear_norm(x, layer.matrix, residual, norm.numbers, tokens=tokens_there(x))
+    if by_cpu_kernels(x.shape[:2], [layer.kernel]):
+        return cpu_kernels.linear_norm(x, layer.matrix, residual, norm.numbers, tokens=tokens_there(x.shape[:2]))
     return norm(residual + layer(x))
 
 
@@ -210,9 +213,29 @@ def feed_forward(
     x: Float[Array, "B T D"], up: Linear, act: str, down: Linear, norm: LayerNorm
 ) -> Float[Array, "B T D"]:
     """norm(x + down(act(up(x)))); likewise by one of `cpu_kernels`, if it has that activation."""
-    if act in cpu_kernels.ACTIVATIONS and by_cpu_kernels(x, [up, down]):
-        return cpu_kernels.feed_forward(x, up.matrix, down.matrix, act, norm.numbers, tokens=tokens_there(x))
+    if act in cpu_kernels.ACTIVATIONS and by_cpu_kernels(x.shape[:2], [up.kernel, down.kernel]):
+        return cpu_kernels.feed_forward(x, up.matrix, down.matrix, act, norm.numbers, tokens=tokens_there(x.shape[:2]))
     return linear_norm(up(x, act), down, x, norm)
+
+
+LookUp = tuple[Embedding, Int[Array, "_ _"]]
+"""A table and ids."""
+
+
+def summed(lookups: Sequence[LookUp]) -> Float[Array, "L M D"]:
+    """The sum of what each table has for its ids. Those of the first are [L, M], others may have axes of size 1."""
+    first, *others = (embedding(ids) for embedding, ids in lookups)
+    return sum(others, first)
+
+
+def embedded(lookups: Sequence[LookUp], norm: LayerNorm) -> Float[Array, "L M D"]:
+    """norm(`summed`); up to `Kernels.cpu_tokens` tokens by one of `cpu_kernels`."""
+    lines, places = lookups[0][1].shape
+    shape = (lines, places)
+    if by_cpu_kernels(shape, [embedding.table for embedding, _ in lookups]):
+        tables = [(embedding.table[...], ids) for embedding, ids in lookups]
+        return cpu_kernels.embed(tables, norm.numbers, shape=shape, tokens=tokens_there(shape))
+    return norm(summed(lookups))
 
 
 class RMSNorm(nnx.Module):

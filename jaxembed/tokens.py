@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from jaxembed import cpu_kernels
+from jaxembed.kernels import available, tokens_there
 from jaxembed.types import NO_TASK
 
 __all__ = ["Rows", "Tokens"]
@@ -108,7 +110,14 @@ class Rows(NamedTuple):
         return jnp.take(x[0], jnp.take_along_axis(self.flat.line, places[:, None], axis=1)[:, 0], axis=0, mode="clip")
 
     def total(self, x: Float[Array, "L M D"], weights: Float[Array, "B T"]) -> Float[Array, "B D"]:
-        """The sum of each row's tokens, each times its weight. In line, no place without a token takes part."""
+        """The sum of each row's tokens, each times its weight. In line, no place without a token takes part.
+
+        Up to `Kernels.cpu_tokens` tokens by one of `cpu_kernels`.
+        """
+        kernels = available()
+        if kernels is not None and x.shape[0] * x.shape[1] <= kernels.cpu_tokens:
+            there = tokens_there(x.shape[:2])
+            return cpu_kernels.totals(x, weights, self.starts, self.lengths, tokens=there)
         if self.flat is None:
             return jnp.sum(x * weights[:, :, None], axis=1)
         line, starts = jnp.arange(x.shape[1], dtype=jnp.int32)[None], self.starts[:, None]

@@ -41,7 +41,7 @@ checked = [
 ]
 jaxtyping.install_import_hook(checked, "beartype.beartype")
 
-from jaxembed import Bucket, Embedder, Ladder, cpu_kernels, make_mesh  # noqa: E402
+from jaxembed import Bucket, Embedder, Ladder, cpu_library, make_mesh  # noqa: E402
 from jaxembed.checkpoint import DEFAULT_MODEL, resolve  # noqa: E402
 from jaxembed.warmup import use_cache  # noqa: E402
 
@@ -81,13 +81,13 @@ def cache(tmp_path: Path, shared_compilations: Path) -> Iterator[Path]:
 def cxx(monkeypatch: pytest.MonkeyPatch) -> Path:
     """The machine's C++ compiler, which is there as it is outside of tests."""
     monkeypatch.delenv("CXX")
-    program = cpu_kernels.compiler("float32")
+    program = cpu_library.compiler("float32")
     if program is None:
         pytest.skip("no C++ compiler, or a CPU without AVX2: nothing is built for it")
     return program
 
 
-build_once = lru_cache(cpu_kernels.build)
+build_once = lru_cache(cpu_library.build)
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def library(cxx: Path) -> None:
     """The kernels for CPU are built and loaded, whatever trying and timing them would give."""
     built = build_once(cxx)
     assert built is not None
-    cpu_kernels.load(built)
+    cpu_library.load(built)
 
 
 @pytest.fixture(scope="session")

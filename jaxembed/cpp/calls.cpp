@@ -1,5 +1,5 @@
-// What XLA's executables call: products with weights and attention for CPUs. `cpu_kernels.py` compiles this for
-// the machine it runs on, so the compiler knows the vectors that there are.
+// What XLA's executables call: a model's embeddings, products with weights and attention, and sums over its rows, for CPUs.
+// `cpu_library.py` compiles this for the machine it runs on, so the compiler knows the vectors that there are.
 
 #include <algorithm>
 #include <cstddef>
@@ -11,6 +11,7 @@
 #include "linear.h"
 #include "matrix.h"
 #include "norm.h"
+#include "rows.h"
 #include "vectors.h"
 #include "xla/ffi/api/c_api.h"
 
@@ -35,14 +36,16 @@ template <class T> T attribute(const XLA_FFI_CallFrame* frame, int64_t i) {
 
 size_t width_of(const XLA_FFI_Buffer& buffer) { return buffer.dims[buffer.rank - 1]; }
 
-// Tokens of the first argument that there are: the first ones. What the i-th argument tells, but no more than it has room for.
-size_t tokens_of(const XLA_FFI_CallFrame* frame, int64_t i) {
-  const XLA_FFI_Buffer& buffer = argument(frame, 0);
+// Tokens of a buffer [..., N] that there are: the first ones. What the i-th argument tells, but no more than it has room for.
+size_t tokens_of(const XLA_FFI_CallFrame* frame, int64_t i, const XLA_FFI_Buffer& buffer) {
   size_t count = 1;
   for (int64_t axis = 0; axis + 1 < buffer.rank; axis++) count *= buffer.dims[axis];
   const int32_t told = *static_cast<const int32_t*>(argument(frame, i).data);
   return std::min<size_t>(count, std::max(told, 0));
 }
+
+// The same of the first argument.
+size_t tokens_of(const XLA_FFI_CallFrame* frame, int64_t i) { return tokens_of(frame, i, argument(frame, 0)); }
 
 // The matrix whose kernel and bias follow x and the count of tokens as the i-th ones.
 Matrix matrix(const XLA_FFI_CallFrame* frame, int64_t i, float* y) {
@@ -122,6 +125,41 @@ extern "C" XLA_FFI_Error* jaxembed_attention(XLA_FFI_CallFrame* frame) {
   auto numbers = [&](int64_t i) { return static_cast<const int32_t*>(argument(frame, i).data); };
   attention(floats(query), floats(key), floats(argument(frame, 2)), numbers(3), numbers(4), numbers(5), starts.dims[0],
             tokens_of(frame, 6), heads, attribute<int32_t>(frame, 0) != 0, result(frame, 0));
+  return nullptr;
+}
+
+// Tables [R, N] and ids [...] each, scale [N], the norm's bias [N] or [0], the count of tokens [1] -> [..., N].
+// Attribute: eps.
+extern "C" XLA_FFI_Error* jaxembed_embed(XLA_FFI_CallFrame* frame) {
+  if (asked(frame)) return nullptr;
+  const int64_t count = (frame->args.size - 3) / 2;
+  const XLA_FFI_Buffer& first = argument(frame, 0);
+  std::vector<Table> tables;
+  for (int64_t i = 0; i < count; i++) {
+    const XLA_FFI_Buffer& rows = argument(frame, 2 * i);
+    tables.push_back({rows.data, size_t(rows.dims[0]), static_cast<const int32_t*>(argument(frame, 2 * i + 1).data)});
+  }
+  const Norm after = norm(frame, 2 * count, attribute<float>(frame, 0));
+  const size_t M = tokens_of(frame, 2 * count + 2, *static_cast<const XLA_FFI_Buffer*>(frame->rets.rets[0]));
+  if (first.dtype == XLA_FFI_DataType_BF16) {
+    embed<Half>(tables, after, M, width_of(first), result(frame, 0));
+  } else {
+    embed<float>(tables, after, M, width_of(first), result(frame, 0));
+  }
+  return nullptr;
+}
+
+// x [..., N], weights [B, T], starts and counts [B], the count of tokens [1] -> [B, N].
+extern "C" XLA_FFI_Error* jaxembed_totals(XLA_FFI_CallFrame* frame) {
+  if (asked(frame)) return nullptr;
+  const XLA_FFI_Buffer &x = argument(frame, 0), &weights = argument(frame, 1);
+  auto numbers = [&](int64_t i) { return static_cast<const int32_t*>(argument(frame, i).data); };
+  const size_t N = width_of(x), T = width_of(weights), M = tokens_of(frame, 4);
+  Crew::get().each(weights.dims[0], M * N > 60'000, [&](size_t row) {
+    const size_t start = std::min<size_t>(M, std::max(numbers(2)[row], 0));
+    const size_t count = std::min({T, M - start, size_t(std::max(numbers(3)[row], 0))});
+    weighted_sum(floats(x) + start * N, floats(weights) + row * T, count, N, result(frame, 0) + row * N);
+  });
   return nullptr;
 }
 

@@ -34,14 +34,14 @@ template <class Several, class One> inline float total(size_t N, const Several& 
   return sum;
 }
 
-// y = (z - mean) / sqrt(variance + eps) * scale + bias, of z = y + residual; all of one token.
-inline void add_norm(const float* residual, const Norm& norm, size_t N, float* y) {
-  auto add = [&](auto value, size_t i) {
-    value += load<decltype(value)>(residual + i);
+// y = (z - mean) / sqrt(variance + eps) * scale + bias of one token. z(V{}, i) is a vector of it from i on, or one number.
+template <class Z> inline void normalise(const Z& z, const Norm& norm, size_t N, float* y) {
+  auto first = [&](auto kind, size_t i) {
+    const auto value = z(kind, i);
     store(y + i, value);
     return value;
   };
-  const float mean = total(N, [&](size_t i) { return add(load<Vector>(y + i), i); }, [&](size_t i) { return add(y[i], i); }) / N;
+  const float mean = total(N, [&](size_t i) { return first(Vector{}, i); }, [&](size_t i) { return first(0.0f, i); }) / N;
   auto square = [&](auto value, size_t i) {
     value -= mean;
     store(y + i, value);
@@ -60,13 +60,20 @@ inline void add_norm(const float* residual, const Norm& norm, size_t N, float* y
   for (; i < N; i++) finish(y[i], i);
 }
 
-// The same for each of M tokens.
-inline void add_norms(const float* residual, const Norm& norm, size_t M, size_t N, float* y) {
+// work(t) for each of M tokens of N features, whose work is next to none.
+template <class Work> inline void each_token(size_t M, size_t N, const Work& work) {
   constexpr size_t GROUP = 16;
   Crew::get().each((M + GROUP - 1) / GROUP, M * N > 60'000, [&](size_t group) {
-    for (size_t t = group * GROUP; t < std::min(M, (group + 1) * GROUP); t++) {
-      add_norm(residual + t * N, norm, N, y + t * N);
-    }
+    for (size_t t = group * GROUP; t < std::min(M, (group + 1) * GROUP); t++) work(t);
+  });
+}
+
+// y = norm(y + residual), of M tokens.
+inline void add_norms(const float* residual, const Norm& norm, size_t M, size_t N, float* y) {
+  each_token(M, N, [&](size_t t) {
+    const float* more = residual + t * N;
+    float* to = y + t * N;
+    normalise([&](auto kind, size_t i) { return load<decltype(kind)>(to + i) + load<decltype(kind)>(more + i); }, norm, N, to);
   });
 }
 

@@ -36,6 +36,17 @@ inline void widen(const Half* from, size_t count, float* to) {
   for (; i < count; i++) to[i] = widened(from[i]);
 }
 
+// A vector of them, or one, at any address.
+template <class V> inline V load(const Half* from) {
+  if constexpr (sizeof(V) == sizeof(float)) {
+    return widened(*from);
+  } else {
+    V value;
+    widen(from, sizeof(V) / sizeof(float), reinterpret_cast<float*>(&value));
+    return value;
+  }
+}
+
 // A vector of row[k] alone.
 inline Vector spread(const float* row, size_t k) { return row[k] - Vector{}; }
 

@@ -27,11 +27,13 @@ from jaxembed.layers import (
     LayerNorm,
     Linear,
     activation,
+    embedded,
     feed_forward,
     linear_norm,
     linears,
     matmul,
     parameter,
+    summed,
 )
 from jaxembed.plain_attention import split_heads
 from jaxembed.relative import distances, skew
@@ -204,12 +206,14 @@ class Embeddings(nnx.Module):
         self.types = types
 
     def __call__(self, tokens: Tokens) -> Float[Array, "L M D"]:
-        x = self.word(tokens.input_ids)
+        lookups = [(self.word, tokens.input_ids)]
         if self.position is not None:
-            x = x + self.position(tokens.rows.places)
+            lookups.append((self.position, tokens.rows.places))
         if self.token_type is not None:
-            x = x + self.token_type(jnp.minimum(tokens.token_types, self.types - 1))
-        return self.norm(x if self.projection is None else self.projection(x))
+            lookups.append((self.token_type, jnp.minimum(tokens.token_types, self.types - 1)))
+        if self.projection is None:
+            return embedded(lookups, self.norm)
+        return self.norm(self.projection(summed(lookups)))
 
 
 class Convolution(nnx.Module):

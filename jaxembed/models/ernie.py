@@ -7,12 +7,11 @@ heads of `ErnieForSequenceClassification` and `ErnieForMaskedLM`. Proven on rand
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from jaxembed.architecture import Architecture, Weight, Weights
 from jaxembed.blocks import BERT_WEIGHTS, OLD_NORM_NAMES, BertConfig, BertEmbeddings, PostNormEncoder
 from jaxembed.heads import BERT_HEADS
-from jaxembed.layers import Embedding
+from jaxembed.layers import Embedding, LookUp
 from jaxembed.tokens import Tokens
 
 __all__ = ["ARCHITECTURE", "Config", "Embeddings", "build"]
@@ -39,10 +38,10 @@ class Embeddings(BertEmbeddings):
         types = (config.task_type_vocab_size, config.hidden_size)
         self.task_type = Embedding(types, ("token_type", "embed"), dtype) if config.use_task_id else None
 
-    def total(self, tokens: Tokens) -> Float[Array, "L M D"]:
-        """What is normalised: all that is known of each token."""
-        x = super().total(tokens)
-        return x if self.task_type is None else x + self.task_type(jnp.zeros((1, 1), jnp.int32))
+    def lookups(self, tokens: Tokens) -> list[LookUp]:
+        """What is summed up and normalised: all that is known of each token."""
+        found = super().lookups(tokens)
+        return found if self.task_type is None else [*found, (self.task_type, jnp.zeros((1, 1), jnp.int32))]
 
 
 def build(config: Config, dtype: str) -> PostNormEncoder:

@@ -21,7 +21,7 @@ from jaxembed.configs import check_heads, read_fields
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.gated import GatedMLP
 from jaxembed.heads import Classifier, MaskedLM, count_labels, shares_word_table
-from jaxembed.layers import Embedding, LayerNorm, Linear, activation
+from jaxembed.layers import Embedding, LayerNorm, Linear, activation, embedded
 from jaxembed.rotary import Rotary, Turn, read_rotary
 from jaxembed.tokens import Rows, Tokens
 from jaxembed.types import PoolingMode
@@ -196,7 +196,7 @@ class ModernBert(nnx.Module):
         """The embeddings' output and each layer's after it, the last one after the final norm."""
         places = tokens.rows.places
         full, sliding = self.full.turn(places), self.sliding.turn(places)
-        states = [self.embedding_norm(self.word(tokens.input_ids))]
+        states = [embedded([(self.word, tokens.input_ids)], self.embedding_norm)]
         for layer in self.layers:
             states.append(layer(states[-1], tokens.rows, full if layer.window is None else sliding))
         states[-1] = self.final_norm(states[-1])

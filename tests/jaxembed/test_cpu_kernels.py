@@ -18,7 +18,7 @@ from parity import check_parity, randomise, tiny_bert
 from scipy.special import erf
 from transformers import DistilBertConfig, DistilBertModel, MPNetConfig, MPNetModel
 
-from jaxembed import Bucket, Embedder, Ladder, cpu_kernels, kernel_choice, make_mesh
+from jaxembed import Bucket, Embedder, Ladder, cpu_kernels, cpu_library, kernel_choice, make_mesh
 from jaxembed.kernel_choice import kernels_on
 from jaxembed.kernels import Kernels, right_padded
 from jaxembed.layers import FLOAT32, LayerNorm, Linear, exact_gelu, feed_forward, linears
@@ -82,8 +82,8 @@ def test_products_in_bfloat16(size: tuple[int, int], act: str | None) -> None:
 
 def test_what_is_left_to_amx() -> None:
     """Features in steps of 32, and only where there is that."""
-    assert not any(cpu_kernels.by_amx(depth) for depth in (1, 33, 400))
-    assert " amx_bf16 " in f"{cpu_kernels.host_cpu()} " or not cpu_kernels.by_amx(384)
+    assert not any(cpu_library.by_amx(depth) for depth in (1, 33, 400))
+    assert " amx_bf16 " in f"{cpu_library.host_cpu()} " or not cpu_library.by_amx(384)
 
 
 def check_linear_norm(size: tuple[int, int], dtype: str) -> None:
@@ -228,7 +228,7 @@ def test_attention(lengths: list[int], heads: int, kv_heads: int, width: int, fl
         for head in range(heads):
             key, value = (x[row, head // (heads // kv_heads)] for x in (k, v))
             query, tolerance = q[row, head], 2e-6
-            coarse = dtype == "bfloat16" and count > 32 and cpu_kernels.by_amx(width)
+            coarse = dtype == "bfloat16" and count > 32 and cpu_library.by_amx(width)
             if coarse:
                 # A weight between two numbers may be either.
                 query, key, value, tolerance = *map(rounded, (query, key, value)), 2e-3
@@ -293,7 +293,7 @@ def test_layers_use_them_up_to_a_number_of_tokens() -> None:
     def used(tokens: int, kernels: Kernels | None, act: str = "gelu", call: Callable[..., Any] = single) -> list[str]:
         with nullcontext() if kernels is None else right_padded(kernels):
             program = jax.jit(call, static_argnums=1).lower(normal(1, tokens, HEAD), act).as_text()
-        return [name for name in cpu_kernels.TARGETS if f"@{name}(" in program]
+        return [name for name in cpu_library.Target if f"@{name}(" in program]
 
     some = Kernels(mesh, cpu_tokens=20)
     assert used(20, some) == used(20, some, "relu") == ["jaxembed_linear"]
@@ -365,7 +365,7 @@ def test_minilm_by_them_and_without(
         assert np.abs(embedder.encode(texts) - wanted).max() <= 1e-6
         for bucket in shapes:
             program = embedder.engine._executables[bucket].as_text()
-            assert all(name in program for name in cpu_kernels.TARGETS)
+            assert all(name in program for name in cpu_library.Target)
 
 
 def test_they_are_found_right_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,7 +392,7 @@ def test_minilm_in_bfloat16(
     )
     assert np.sum(embedder.encode(texts) * minilm.encode(texts), axis=1).min() >= 0.9995
     program = embedder.engine._executables[shapes[0]].as_text()
-    assert all(name in program for name in cpu_kernels.TARGETS)
+    assert all(name in program for name in cpu_library.Target)
 
 
 def test_warmed_up_for_the_next_process(tiny_folder: Path, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxembed import cpu_kernels, kernel_choice, make_mesh
-from jaxembed.cpu_kernels import build, compiler
+from jaxembed import cpu_kernels, cpu_library, kernel_choice, make_mesh
+from jaxembed.cpu_library import build, compiler
 from jaxembed.kernel_choice import kernels_on
 from jaxembed.warmup import use_cache
 
@@ -30,10 +30,10 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return call
 
-    monkeypatch.setattr(cpu_kernels, "compiler", lambda _: Path(__file__))
-    monkeypatch.setattr(cpu_kernels, "build", note("build", b"library"))
-    monkeypatch.setattr(cpu_kernels, "load", note("load", None))
-    monkeypatch.setattr(cpu_kernels, "by_amx", lambda _: False)
+    monkeypatch.setattr(cpu_library, "compiler", lambda _: Path(__file__))
+    monkeypatch.setattr(cpu_library, "build", note("build", b"library"))
+    monkeypatch.setattr(cpu_library, "load", note("load", None))
+    monkeypatch.setattr(cpu_library, "by_amx", lambda _: False)
     monkeypatch.setattr(kernel_choice, "right", note("try", True))
     monkeypatch.setattr(kernel_choice, "worth", note("time", TOKENS))
     return done
@@ -68,7 +68,7 @@ def test_each_dtype_for_itself(built: list[str], cache: Path, monkeypatch: pytes
 
     monkeypatch.setattr(kernel_choice, "right", right)
     monkeypatch.setattr(kernel_choice, "worth", {"float32": 16, "bfloat16": 64}.get)
-    monkeypatch.setattr(cpu_kernels, "by_amx", lambda _: True)
+    monkeypatch.setattr(cpu_library, "by_amx", lambda _: True)
     assert tokens(dtype="bfloat16") == 64
     assert built == ["build", "load", "bfloat16"]
     assert tokens() == 0
@@ -84,7 +84,7 @@ def test_all_batches_or_none_where_operands_are_rounded_otherwise(
     amx: bool, worth: int, used: int, built: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In bfloat16 without AMX a text has one vector in batches of all sizes; in float32 any number will do."""
-    monkeypatch.setattr(cpu_kernels, "by_amx", lambda _: amx)
+    monkeypatch.setattr(cpu_library, "by_amx", lambda _: amx)
     monkeypatch.setattr(kernel_choice, "worth", lambda _: worth)
     assert tokens(dtype="bfloat16") == used
     assert tokens() == worth
@@ -97,14 +97,14 @@ def test_nothing_is_built_without_a_cache(built: list[str]) -> None:
 
 
 def test_without_a_compiler(built: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_kernels, "compiler", lambda _: None)
+    monkeypatch.setattr(cpu_library, "compiler", lambda _: None)
     assert tokens() == 0
     assert not built
 
 
 def test_a_compiler_that_cannot_is_asked_once(built: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Path] = []
-    monkeypatch.setattr(cpu_kernels, "build", asked.append)
+    monkeypatch.setattr(cpu_library, "build", asked.append)
     for _ in range(2):
         use_cache(cache)
         assert tokens() == 0
@@ -129,13 +129,13 @@ def test_a_library_that_cannot_be_loaded(
     def load(_: bytes) -> None:
         raise OSError("no such instruction")
 
-    monkeypatch.setattr(cpu_kernels, "load", load)
+    monkeypatch.setattr(cpu_library, "load", load)
     with caplog.at_level(logging.WARNING):
         assert tokens() == 0
     assert "cannot be loaded, XLA's are used: no such instruction" in caplog.text
 
 
-@pytest.mark.parametrize("wrong", ["products", "linear_norm", "feed_forward", "attention"])
+@pytest.mark.parametrize("wrong", ["products", "linear_norm", "feed_forward", "attention", "embed", "totals"])
 @pytest.mark.usefixtures("library")
 def test_right_looks_at_all(wrong: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """A hundredth too much, or NaN, in any is seen."""
@@ -199,7 +199,7 @@ def test_a_compiler_that_fails(
 ) -> None:
     """What it says first is in the log; the library is None."""
     (tmp_path / "kernels.cpp").write_text(source or "")
-    monkeypatch.setattr(cpu_kernels, "SOURCE", tmp_path / "kernels.cpp")
+    monkeypatch.setattr(cpu_library, "SOURCE", tmp_path / "kernels.cpp")
     assert build(cxx if source else tmp_path / "c++") is None
     assert said in caplog.text
 
@@ -223,6 +223,6 @@ def test_for_which_machines_there_is_a_compiler(
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
     monkeypatch.setenv("CXX", str(program))
-    monkeypatch.setattr(cpu_kernels.platform, "machine", lambda: machine)
-    monkeypatch.setattr(cpu_kernels, "host_cpu", lambda: flags)
+    monkeypatch.setattr(cpu_library.platform, "machine", lambda: machine)
+    monkeypatch.setattr(cpu_library, "host_cpu", lambda: flags)
     assert compiler(dtype) == (program.resolve() if there else None)
