@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxembed.types import Bucket
 
-__all__ = ["ACCELERATOR_PRICES", "COUNTED_PRICES", "PRICES", "Cost", "fit_cost"]
+__all__ = ["ACCELERATOR_PRICES", "COUNTED_PRICES", "LEAST_CALL", "PRICES", "Cost", "fit_cost"]
 
 
 class Cost(NamedTuple):
@@ -56,6 +56,10 @@ attention's rows a tenth of one, and as much again for each 128 tokens of its ro
 
 COUNTED_PRICES = Cost(call=8.0, token=0.02, place=0.1, pair=0.1 / 128, real=1.0)
 """The same on CPU where flat shapes compute the tokens that there are (docs/performance.md)."""
+
+LEAST_CALL = 4.0
+"""A call costs at least so many tokens where they are counted: 6 to 11 were measured on a quiet machine, but what is
+timed beside other work may say none at all, and then one row a batch would seem to be as good as many."""
 
 ACCELERATOR_PRICES = Cost(call=4096.0, token=1.0, place=0.0, pair=0.0)
 """The same for each device of another kind; measured on a GPU, a guess for TPU (docs/performance.md)."""

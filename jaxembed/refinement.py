@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxembed.buckets import Ladder
-from jaxembed.cost import Cost, fit_cost
+from jaxembed.cost import LEAST_CALL, Cost, fit_cost
 from jaxembed.shape_choice import PRICE, choose_lengths, compared, fewest, flat_choices, loads
 from jaxembed.shapes import flat_shape, padded_shapes
 from jaxembed.types import Bucket
@@ -201,13 +201,14 @@ def fitted(engine: Refinable, measured: Mapping[Bucket, float]) -> Cost:
     """The cost that explains the times of full batches; where tokens are counted, of flat ones, and of empty ones.
 
     What an empty batch takes is for its shape: tokens that there is room for, and places that attention lays out. The
-    call of a full one takes longer, since it has to read the weights.
+    call of a full one takes longer, since it has to read the weights; `LEAST_CALL` at least.
     """
     flat = {bucket: seconds for bucket, seconds in measured.items() if bucket.flat}
     if not engine.counted or not flat:
         return fit_cost(measured)
     full, empty = fit_cost(flat), fit_cost(least_seconds(engine, flat, filled=False))
-    return empty._replace(call=full.call, real=max(0.0, full.token - empty.token))
+    real = max(0.0, full.token - empty.token)
+    return empty._replace(call=max(full.call, LEAST_CALL * (empty.token + real)), real=real)
 
 
 def switch(engine: Refinable, ladder: Ladder) -> None:

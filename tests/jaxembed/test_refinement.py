@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxembed import Bucket, Embedder, Ladder, make_mesh
-from jaxembed.cost import Cost
+from jaxembed.cost import LEAST_CALL, Cost
 from jaxembed.engine import Engine
 from jaxembed.errors import BucketError
 from jaxembed.loading import load
@@ -85,10 +85,9 @@ def test_planning_goes_by_what_was_measured(tiny_folder: str, cost: Cost) -> Non
     assert all(bucket.seq_len == min(bucket.tokens, 32) for bucket in several) is (cost is not COST)
 
 
-def test_where_tokens_are_counted_a_few_shapes_will_do(tiny_folder: str) -> None:
-    """What a shape costs is told by empty batches, what a call and a token cost by full ones."""
-    engine = Embedder.from_pretrained(tiny_folder, mesh=make_mesh(jax.devices()[:1])).engine
-    own, call, real = Cost(call=3e-4, token=2e-6, place=1e-6, pair=0.0), 1.4e-3, 1.6e-4
+def counting(folder: str, own: Cost, call: float, real: float) -> Engine:
+    """An engine that counts tokens: empty batches cost what is its own, full ones a call and their tokens beside."""
+    engine = Embedder.from_pretrained(folder, mesh=make_mesh(jax.devices()[:1])).engine
 
     def time(bucket: Bucket, *, filled: bool) -> float:
         return own.of(bucket) + (call - own.call + real * bucket.tokens if filled else 0.0)
@@ -96,6 +95,13 @@ def test_where_tokens_are_counted_a_few_shapes_will_do(tiny_folder: str) -> None
     engine.counted, engine.time = True, time
     engine.compile = engine.adopt = lambda _: None
     engine.ladder = Ladder.default(max_length=32, max_batch_tokens=512, flat=True, counted=True)
+    return engine
+
+
+def test_where_tokens_are_counted_a_few_shapes_will_do(tiny_folder: str) -> None:
+    """What a shape costs is told by empty batches, what a call and a token cost by full ones."""
+    own, call, real = Cost(call=3e-4, token=2e-6, place=1e-6, pair=0.0), 1.4e-3, 1.6e-4
+    engine = counting(tiny_folder, own, call, real)
     counts = np.zeros(33, np.int64)
     counts[6], counts[27] = 50, 20
     new = refine(engine, counts)
@@ -104,6 +110,16 @@ def test_where_tokens_are_counted_a_few_shapes_will_do(tiny_folder: str) -> None
     np.testing.assert_allclose(new.prices, expected, rtol=1e-6, atol=1e-12)
     engine.ladder = new
     assert refine(engine, counts) is None
+
+
+def test_a_call_costs_something_whatever_was_timed(tiny_folder: str) -> None:
+    """Beside other work it may seem free; one row a batch is not chosen then."""
+    engine = counting(tiny_folder, Cost(call=1e-9, token=0.0, place=0.0, pair=0.0), 0.0, 1.6e-4)
+    counts = np.zeros(33, np.int64)
+    counts[6] = 50
+    new = refine(engine, counts)
+    assert new is not None and new.prices.call == pytest.approx(LEAST_CALL)
+    assert new.fullest.batch_size >= 512 // 6 and new.fullest.tokens == 512
 
 
 def test_what_saves_nothing_is_not_compiled(tiny_folder: str) -> None:
