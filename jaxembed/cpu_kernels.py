@@ -28,12 +28,21 @@ __all__ = [
     "attention",
     "embed",
     "feed_forward",
+    "gated_feed_forward",
     "linear_norm",
     "products",
     "totals",
 ]
 
-ACTIVATIONS: Mapping[str | None, int] = {None: 0, "gelu": 1}
+ACTIVATIONS: Mapping[str | None, int] = {
+    None: 0,
+    "gelu": 1,
+    "gelu_new": 2,
+    "gelu_pytorch_tanh": 2,
+    "silu": 3,
+    "swish": 3,
+    "relu": 4,
+}
 """Functions that a product can end with, by Hugging Face's names, and their numbers in the source."""
 
 Product = tuple[Float[Array, "N K"], Float[Array, " N"] | None]
@@ -125,6 +134,29 @@ def feed_forward(
     operands = (x, counted(x.shape[:2], tokens), *with_bias(up), *with_bias(down), *with_bias(norm[:2]))
     options = {"activation": np.int32(ACTIVATIONS[activation]), "eps": np.float32(norm[2])}
     results: Sequence[jax.Array] = call(*operands, **options)
+    return results[0]
+
+
+def gated_feed_forward(
+    x: Float[Array, "L M N"],
+    gate: tuple[Float[Array, "F N"], Float[Array, " F"] | None],
+    up: tuple[Float[Array, "F N"], Float[Array, " F"] | None],
+    down: tuple[Float[Array, "N F"], Float[Array, " N"] | None],
+    activation: str | None,
+    *,
+    tokens: Count = None,
+) -> Float[Array, "L M N"]:
+    """(activation(x @ gate^T + its bias) * (x @ up^T + its bias)) @ down^T + its bias, without what is between.
+
+    Args:
+        x: float32.
+        gate, up, down: kernels, [output, input], all in one of `cpu_library.DTYPES`, and their biases.
+        activation: one of `ACTIVATIONS`.
+    """
+    width, inner = down[0].shape
+    call = jax.ffi.ffi_call(Target.GATED_FEED_FORWARD, [written(x.shape), room(x, width + 2 * inner)])
+    operands = (x, counted(x.shape[:2], tokens), *with_bias(gate), *with_bias(up), *with_bias(down))
+    results: Sequence[jax.Array] = call(*operands, activation=np.int32(ACTIVATIONS[activation]))
     return results[0]
 
 

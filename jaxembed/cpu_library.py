@@ -48,6 +48,7 @@ class Target(StrEnum):
     LINEAR = "jaxembed_linear"
     LINEAR_NORM = "jaxembed_linear_norm"
     FEED_FORWARD = "jaxembed_feed_forward"
+    GATED_FEED_FORWARD = "jaxembed_gated_feed_forward"
     ATTENTION = "jaxembed_attention"
     EMBED = "jaxembed_embed"
     TOTALS = "jaxembed_totals"

@@ -17,7 +17,7 @@ from jaxembed.attention import attention
 from jaxembed.configs import check_heads, read_fields
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.gated import GatedMLP
-from jaxembed.layers import Embedding, Linear, RMSNorm, activation
+from jaxembed.layers import Embedding, Linear, RMSNorm, activation, linears
 from jaxembed.rotary import Rotary, Turn, read_rotary
 from jaxembed.tokens import Rows, Tokens
 
@@ -235,11 +235,11 @@ class DecoderLayer(nnx.Module):
 
     def __call__(self, x: Float[Array, "L M D"], rows: Rows, turn: Turn) -> Float[Array, "L M D"]:
         """`turn` gives queries and keys their positions."""
-        y = self.attention_norm(x)
+        query, key, value = linears(self.attention_norm(x), [self.query, self.key, self.value])
         mixed = attention(
-            turn(by_head(self.query_norm, self.query(y), self.num_heads), self.num_heads),
-            turn(by_head(self.key_norm, self.key(y), self.kv_heads), self.kv_heads),
-            self.value(y),
+            turn(by_head(self.query_norm, query, self.num_heads), self.num_heads),
+            turn(by_head(self.key_norm, key, self.kv_heads), self.kv_heads),
+            value,
             rows,
             num_heads=self.num_heads,
             num_key_value_heads=self.kv_heads,

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxembed.attention import attention
-from jaxembed.layers import Embedding, LayerNorm, Linear, activation, embedded, linear_norm, linears
+from jaxembed.layers import Embedding, LayerNorm, Linear, activation, embedded, gated_feed_forward, linear_norm, linears
 from jaxembed.rotary import Turn
 from jaxembed.tokens import Rows, Tokens
 
@@ -37,11 +37,12 @@ class GatedMLP(nnx.Module):
         self.gate = Linear((width, inner), ("embed", "mlp"), dtype, bias=bias)
         self.up = Linear((width, inner), ("embed", "mlp"), dtype, bias=bias)
         self.down = Linear((inner, width), ("mlp", "embed"), dtype, bias=bias if down_bias is None else down_bias)
-        self.activation = activation(act)
+        # A name that is none is an error now, not when a batch is compiled.
+        activation(act)
+        self.act = act
 
     def __call__(self, x: Float[Array, "L M D"]) -> Float[Array, "L M D"]:
-        gate, up = linears(x, [self.gate, self.up])
-        return self.down(self.activation(gate) * up)
+        return gated_feed_forward(x, self.gate, self.act, self.up, self.down)
 
 
 class GatedLayer(nnx.Module):

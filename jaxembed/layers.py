@@ -26,6 +26,7 @@ __all__ = [
     "activation",
     "embedded",
     "feed_forward",
+    "gated_feed_forward",
     "layer_norm",
     "linear",
     "linear_norm",
@@ -236,6 +237,17 @@ def embedded(lookups: Sequence[LookUp], norm: LayerNorm) -> Float[Array, "L M D"
         tables = [(embedding.table[...], ids) for embedding, ids in lookups]
         return cpu_kernels.embed(tables, norm.numbers, shape=shape, tokens=tokens_there(shape))
     return norm(summed(lookups))
+
+
+def gated_feed_forward(
+    x: Float[Array, "B T D"], gate: Linear, act: str, up: Linear, down: Linear
+) -> Float[Array, "B T D"]:
+    """down(act(gate(x)) * up(x)); likewise by one of `cpu_kernels`, if it has that activation."""
+    if act in cpu_kernels.ACTIVATIONS and by_cpu_kernels(x.shape[:2], [gate.kernel, up.kernel, down.kernel]):
+        there = tokens_there(x.shape[:2])
+        return cpu_kernels.gated_feed_forward(x, gate.matrix, up.matrix, down.matrix, act, tokens=there)
+    gates, inner = linears(x, [gate, up])
+    return down(activation(act)(gates) * inner)
 
 
 class RMSNorm(nnx.Module):

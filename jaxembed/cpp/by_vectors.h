@@ -63,15 +63,7 @@ template <class Number> class ByVectors {
   }
 
   // A part, with bias and activation, as these features of panels of all N.
-  void keep(const Part& part, Activation activation, float* panels) const {
-    float* to = panels + part.begin * part.one.N + part.first * part.width;
-    for (size_t f = 0; f < part.rows; f++) {
-      const float bias = part.one.bias ? part.one.bias[part.first + f] : 0.0f;
-      for (size_t i = f * part.width; i < (f + 1) * part.width; i += LANES) {
-        store(to + i, finished(load<Vector>(part.out + i) + bias, activation));
-      }
-    }
-  }
+  void keep(const Part& part, Activation activation, float* panels) const { stash(part, activation, panels); }
 
  private:
   static constexpr size_t MOST = 4;            // vectors of a panel

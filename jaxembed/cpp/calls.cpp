@@ -115,6 +115,18 @@ extern "C" XLA_FFI_Error* jaxembed_feed_forward(XLA_FFI_CallFrame* frame) {
   return nullptr;
 }
 
+// x [..., N], the count of tokens [1], then kernel [F, N] and bias [F] or [0] of the gate and of what it is for, kernel [N, F] and
+// bias [N] or [0] -> y [..., N], room. Attribute: activation, of the gate.
+extern "C" XLA_FFI_Error* jaxembed_gated_feed_forward(XLA_FFI_CallFrame* frame) {
+  if (asked(frame)) return nullptr;
+  const XLA_FFI_Buffer& x = argument(frame, 0);
+  const Matrix gate = matrix(frame, 0, nullptr), up = matrix(frame, 1, nullptr), down = matrix(frame, 2, result(frame, 0));
+  with_way(tokens_of(frame, 1), in_half(frame), {width_of(x), up.N}, [&](auto way) {
+    gated_feed_forward(way, floats(x), gate, Activation(attribute<int32_t>(frame, 0)), up, down, result(frame, 1));
+  });
+  return nullptr;
+}
+
 // Queries [..., N H], keys and values [..., K H], starts, counts and seen [B], the count of tokens [1] -> [..., N H].
 // Attributes: half, whether operands may be rounded to bfloat16; head_dim, scale.
 extern "C" XLA_FFI_Error* jaxembed_attention(XLA_FFI_CallFrame* frame) {

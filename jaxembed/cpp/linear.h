@@ -55,6 +55,23 @@ void feed_forward(const Way& way, const float* x, const Matrix& up, Activation a
   add_norms(x, norm, way.tokens(), down.N, down.y);
 }
 
+// y of `down` = (activation(x gate^T + its bias) * (x up^T + its bias)) down^T + its bias. `room` is for x and twice for what is
+// between.
+template <class Way>
+void gated_feed_forward(const Way& way, const float* x, const Matrix& gate, Activation activation, const Matrix& up,
+                        const Matrix& down, float* room) {
+  float *gates = room + way.room(down.N), *inner = gates + ByVectors<float>(way.tokens()).room(gate.N);
+  Matrix bare = up;
+  bare.bias = nullptr;  // added before
+  way.fill(x, down.N, room);
+  way.multiply(room, down.N, {gate}, [&](const Part& part) { stash(part, activation, gates); });
+  way.multiply(room, down.N, {up}, [&](const Part& part) {
+    times_stashed(part, gates);
+    way.keep(Part{bare, part.first, part.rows, part.begin, part.tokens, part.out, part.width}, NONE, inner);
+  });
+  way.multiply(inner, gate.N, {down}, [&](const Part& part) { put(part, NONE); });
+}
+
 // call(way) for M tokens with kernels in float32 or in bfloat16, whose inputs have so many features.
 template <class Call>
 void with_way(size_t M, bool half, [[maybe_unused]] std::initializer_list<size_t> features, const Call& call) {

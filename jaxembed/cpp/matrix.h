@@ -43,13 +43,46 @@ struct Part {
   const Matrix& one;
   size_t first, rows;    // features
   size_t begin, tokens;  // the first token, and how many
-  const float* out;
+  float* out;
   size_t width;
 };
 
-enum Activation : int32_t { NONE = 0, GELU = 1 };
+// Numbers as `cpu_kernels.ACTIVATIONS` has them.
+enum Activation : int32_t { NONE = 0, GELU = 1, GELU_BY_TANH = 2, SILU = 3, RELU = 4 };
 
-inline Vector finished(Vector x, Activation activation) { return activation == GELU ? gelu(x) : x; }
+inline Vector finished(Vector x, Activation activation) {
+  switch (activation) {
+    case GELU: return gelu(x);
+    case GELU_BY_TANH: return gelu_by_tanh(x);
+    case SILU: return silu(x);
+    case RELU: return x < Vector{} ? Vector{} : x;
+    default: return x;
+  }
+}
+
+// change(number of a part, its feature's bias, its place among all that the matrix gives) for each vector of them. There
+// features stand one after another for as many tokens as a part has.
+template <class Change> inline void each_number(const Part& part, const Change& change) {
+  const size_t first = part.begin * part.one.N + part.first * part.width;
+  for (size_t f = 0; f < part.rows; f++) {
+    const float bias = part.one.bias ? part.one.bias[part.first + f] : 0.0f;
+    for (size_t i = f * part.width; i < (f + 1) * part.width; i += LANES) change(part.out + i, bias, first + i);
+  }
+}
+
+// A part to that place in `all`, with bias and activation.
+inline void stash(const Part& part, Activation activation, float* all) {
+  each_number(part, [&](const float* out, float bias, size_t place) {
+    store(all + place, finished(load<Vector>(out) + bias, activation));
+  });
+}
+
+// A part, with bias, times what was stashed of another matrix.
+inline void times_stashed(const Part& part, const float* all) {
+  each_number(part, [&](float* out, float bias, size_t place) {
+    store(out, (load<Vector>(out) + bias) * load<Vector>(all + place));
+  });
+}
 
 // A part to y, with bias and activation.
 inline void put(const Part& part, Activation activation) {

@@ -18,7 +18,6 @@ constexpr size_t EIGHT = 8;
 
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
 typedef float Eight __attribute__((vector_size(EIGHT * sizeof(float))));
-typedef int32_t EightInts __attribute__((vector_size(EIGHT * sizeof(int32_t))));
 
 // At any address.
 template <class V> inline V load(const float* from) {
@@ -69,25 +68,37 @@ template <class V> inline V gelu(V x) {
 }
 
 // e^x for x <= 0: 2^n e^r with |r| <= log(2) / 2, and e^r by its Taylor polynomial of degree 7 (error below 1e-8).
-inline Eight exponential(Eight x) {
-  const Eight least = Eight{} - 87.0f;
+template <class V> inline V exponential(V x) {
+  using Ints = decltype(x < x);
+  const V least = V{} - 87.0f;
   x = x < least ? least : x;
-  Eight n = x * 1.44269504088896341f - 0.5f;
-  EightInts whole = __builtin_convertvector(n, EightInts);  // towards 0: the nearest, for n <= 0
-  n = __builtin_convertvector(whole, Eight);
-  Eight r = x - n * 0.693359375f;
+  V n = x * 1.44269504088896341f - 0.5f;
+  Ints whole = __builtin_convertvector(n, Ints);  // towards 0: the nearest, for n <= 0
+  n = __builtin_convertvector(whole, V);
+  V r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
-  Eight e = r * (1.0f / 5040.0f) + (1.0f / 720.0f);
+  V e = r * (1.0f / 5040.0f) + (1.0f / 720.0f);
   e = e * r + (1.0f / 120.0f);
   e = e * r + (1.0f / 24.0f);
   e = e * r + (1.0f / 6.0f);
   e = e * r + 0.5f;
   e = e * r + 1.0f;
   e = e * r + 1.0f;
-  EightInts power = (whole + 127) << 23;
-  Eight two;
+  Ints power = (whole + 127) << 23;
+  V two;
   std::memcpy(&two, &power, sizeof two);
   return e * two;
 }
+
+// x / (1 + e^-z)
+template <class V> inline V gated_by(V x, V z) {
+  const V e = exponential(z < V{} ? z : -z), over = x / (1.0f + e);
+  return z < V{} ? e * over : over;
+}
+
+template <class V> inline V silu(V x) { return gated_by(x, x); }
+
+// x * (1 + tanh(z)) / 2 of z = sqrt(2 / pi) (x + 0.044715 x^3)
+template <class V> inline V gelu_by_tanh(V x) { return gated_by(x, x * (1.5957691216057308f + 0.0713548162726002f * x * x)); }
 
 }  // namespace jaxembed

@@ -21,7 +21,7 @@ from jaxembed.configs import check_heads, read_fields
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.gated import GatedMLP
 from jaxembed.heads import Classifier, MaskedLM, count_labels, shares_word_table
-from jaxembed.layers import Embedding, LayerNorm, Linear, activation, embedded
+from jaxembed.layers import Embedding, LayerNorm, Linear, activation, embedded, linears
 from jaxembed.rotary import Rotary, Turn, read_rotary
 from jaxembed.tokens import Rows, Tokens
 from jaxembed.types import PoolingMode
@@ -158,10 +158,11 @@ class Layer(nnx.Module):
 
     def __call__(self, x: Float[Array, "L M D"], rows: Rows, turn: Turn) -> Float[Array, "L M D"]:
         y = x if self.attention_norm is None else self.attention_norm(x)
+        query, key, value = linears(y, [self.query, self.key, self.value])
         mixed = attention(
-            turn(self.query(y), self.num_heads),
-            turn(self.key(y), self.num_heads),
-            self.value(y),
+            turn(query, self.num_heads),
+            turn(key, self.num_heads),
+            value,
             rows,
             num_heads=self.num_heads,
             dtype=self.dtype,

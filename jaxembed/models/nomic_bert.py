@@ -193,10 +193,10 @@ class Plain(nnx.Module):
         width, inner = config.hidden_size, config.intermediate_size
         self.fc1 = Linear((width, inner), ("embed", "mlp"), dtype, bias=config.mlp_fc1_bias)
         self.fc2 = Linear((inner, width), ("mlp", "embed"), dtype, bias=config.mlp_fc2_bias)
-        self.activation = activation(config.hidden_act)
+        self.act = config.hidden_act
 
     def __call__(self, x: Float[Array, "L M D"]) -> Float[Array, "L M D"]:
-        return self.fc2(self.activation(self.fc1(x)))
+        return self.fc2(self.fc1(x, self.act))
 
 
 class Experts(nnx.Module):

@@ -18,7 +18,7 @@ from jaxembed.attention import attention
 from jaxembed.blocks import linear_weights, norm_weights
 from jaxembed.configs import read_fields
 from jaxembed.errors import UnsupportedModelError
-from jaxembed.layers import Embedding, Linear, RMSNorm, activation
+from jaxembed.layers import Embedding, Linear, RMSNorm, activation, gated_feed_forward, linears
 from jaxembed.relative import DistanceBias
 from jaxembed.tokens import Rows, Tokens
 
@@ -100,11 +100,12 @@ class FeedForward(nnx.Module):
         self.inner = Linear(size, ("embed", "mlp"), dtype, bias=False)
         self.up = Linear(size, ("embed", "mlp"), dtype, bias=False) if config.is_gated_act else None
         self.down = Linear(size[::-1], ("mlp", "embed"), dtype, bias=False)
-        self.activation = activation(config.dense_act_fn)
+        self.act = config.dense_act_fn
 
     def __call__(self, x: Float[Array, "L M D"]) -> Float[Array, "L M D"]:
-        inner = self.activation(self.inner(x))
-        return self.down(inner if self.up is None else inner * self.up(x))
+        if self.up is None:
+            return self.down(self.inner(x, self.act))
+        return gated_feed_forward(x, self.inner, self.act, self.up, self.down)
 
 
 class Layer(nnx.Module):
@@ -128,11 +129,11 @@ class Layer(nnx.Module):
         self.dtype = jnp.dtype(dtype)
 
     def __call__(self, x: Float[Array, "L M D"], rows: Rows, bias: Float[Array, "1 N T T"]) -> Float[Array, "L M D"]:
-        y = self.attention_norm(x)
+        query, key, value = linears(self.attention_norm(x), [self.query, self.key, self.value])
         mixed = attention(
-            self.query(y),
-            self.key(y),
-            self.value(y),
+            query,
+            key,
+            value,
             rows,
             num_heads=self.num_heads,
             dtype=self.dtype,

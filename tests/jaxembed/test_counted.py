@@ -61,7 +61,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return result
 
-    for name in ("products", "linear_norm", "feed_forward", "attention", "embed"):
+    for name in ("products", "linear_norm", "feed_forward", "gated_feed_forward", "attention", "embed"):
         monkeypatch.setattr(cpu_kernels, name, spoilt(getattr(cpu_kernels, name)))
 
 

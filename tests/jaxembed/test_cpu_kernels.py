@@ -21,13 +21,16 @@ from transformers import DistilBertConfig, DistilBertModel, MPNetConfig, MPNetMo
 from jaxembed import Bucket, Embedder, Ladder, cpu_kernels, cpu_library, kernel_choice, make_mesh
 from jaxembed.kernel_choice import kernels_on
 from jaxembed.kernels import Kernels, right_padded
-from jaxembed.layers import FLOAT32, LayerNorm, Linear, exact_gelu, feed_forward, linears
+from jaxembed.layers import FLOAT32, LayerNorm, Linear, activation, feed_forward, linears
 from jaxembed.tokens import Rows
 
 Record = Callable[[str, object], None]
 Floats = npt.NDArray[np.float32]
 
 BFLOAT16 = jnp.dtype("bfloat16")
+
+OF_BERT = set(cpu_library.Target) - {cpu_library.Target.GATED_FEED_FORWARD}
+"""What BERT's layers call."""
 
 HEAD = 32
 """Features of a head that every CPU's kernel takes."""
@@ -155,9 +158,44 @@ def test_feed_forward(inner: int, width: int, act: str | None) -> None:
     check_feed_forward(inner, width, act, "float32")
 
 
-@pytest.mark.parametrize(("inner", "width"), [(3, 5), (32, 32), (100, 64), (96, 64), (1536, 384)])
+@pytest.mark.parametrize(("inner", "width"), [(3, 5), (32, 32), (100, 50), (96, 64), (1536, 384)])
 def test_feed_forward_in_bfloat16(inner: int, width: int) -> None:
     check_feed_forward(inner, width, "gelu", "bfloat16")
+
+
+def check_gated_feed_forward(inner: int, width: int, act: str | None, dtype: str) -> None:
+    """To the last bit what three products give."""
+    first = normal(2, inner, width, seed=1, dtype=dtype) / np.float32(2 ** round(np.log2(width) / 2))
+    second = normal(width, inner, seed=2) / np.float32(inner**0.5)
+    kernels = (*first.astype(dtype), second.astype(dtype))
+    inputs = [normal(1, tokens, width, seed=tokens) for tokens in (1, 9, 16, 33, 100, 257)]
+
+    @jax.jit
+    def call(inputs: list[jax.Array], *given: jax.Array) -> list[list[jax.Array]]:
+        gate, up, down, *biases = given
+        results = []
+        for x in inputs:
+            for gate_bias, up_bias, last in (biases, (None, None, None)):
+                (gates,) = cpu_kernels.products(x, [(gate, gate_bias)], act)
+                (between,) = cpu_kernels.products(x, [(up, up_bias)])
+                (wanted,) = cpu_kernels.products(between * gates, [(down, last)])
+                matrices = ((gate, gate_bias), (up, up_bias), (down, last))
+                results.append([cpu_kernels.gated_feed_forward(x, *matrices, act), wanted])
+        return results
+
+    for got, wanted in call(inputs, *kernels, *normal(2, inner), normal(width)):
+        np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize(("inner", "width"), [(1, 1), (3, 5), (100, 50), (1152, 384)])
+@pytest.mark.parametrize("act", [None, "gelu", "silu"])
+def test_gated_feed_forward(inner: int, width: int, act: str | None) -> None:
+    check_gated_feed_forward(inner, width, act, "float32")
+
+
+@pytest.mark.parametrize(("inner", "width"), [(3, 5), (32, 32), (100, 50), (96, 64), (1152, 384)])
+def test_gated_feed_forward_in_bfloat16(inner: int, width: int) -> None:
+    check_gated_feed_forward(inner, width, "gelu", "bfloat16")
 
 
 @pytest.mark.parametrize("tokens", [-1, 0, 1, 7, 40, 99, 100, 101])
@@ -176,6 +214,7 @@ def test_only_the_tokens_that_there_are(tokens: int) -> None:
             *cpu_kernels.products(x, [(jnp.asarray(up), None)] * 2, "gelu", tokens=tokens),
             cpu_kernels.linear_norm(x, (jnp.eye(64), None), jnp.asarray(residual), norm, tokens=tokens),
             cpu_kernels.feed_forward(x, (jnp.asarray(up), None), (jnp.asarray(down), None), None, norm, tokens=tokens),
+            cpu_kernels.gated_feed_forward(x, *[(jnp.asarray(y), None) for y in (up, up, down)], "silu", tokens=tokens),
             cpu_kernels.attention(x, x, x, *row, head_dim=HEAD, scale=1.0, dtype=FLOAT32, tokens=tokens),
         ]
 
@@ -184,13 +223,14 @@ def test_only_the_tokens_that_there_are(tokens: int) -> None:
         np.testing.assert_allclose(got[:, :there], wanted[:, :there], rtol=0, atol=2e-6)
 
 
-def test_gelu_far_from_zero() -> None:
+@pytest.mark.parametrize("act", [act for act in cpu_kernels.ACTIVATIONS if act is not None])
+def test_activations_far_from_zero(act: str) -> None:
     """As XLA's, to rounding, for numbers of every size; and NaN stays NaN."""
     x = np.concatenate([np.linspace(-30, 30, 4001), [-1e30, 1e30, -1e-30, 0.0, np.nan]]).astype(np.float32)[
         None, :, None
     ]
-    (got,) = jax.jit(lambda x: cpu_kernels.products(x, [(jnp.ones((1, 1)), None)], "gelu"))(x)
-    wanted = np.asarray(exact_gelu(jnp.asarray(x)))
+    (got,) = jax.jit(lambda x: cpu_kernels.products(x, [(jnp.ones((1, 1)), None)], act))(x)
+    wanted = np.asarray(activation(act)(jnp.asarray(x)))
     np.testing.assert_allclose(got, wanted, rtol=3e-7, atol=8e-7)
 
 
@@ -296,9 +336,9 @@ def test_layers_use_them_up_to_a_number_of_tokens() -> None:
         return [name for name in cpu_library.Target if f"@{name}(" in program]
 
     some = Kernels(mesh, cpu_tokens=20)
-    assert used(20, some) == used(20, some, "relu") == ["jaxembed_linear"]
+    assert used(20, some) == used(20, some, "tanh") == ["jaxembed_linear"]
     assert used(20, some, call=double) == ["jaxembed_feed_forward"]
-    assert used(20, some, "relu", double) == ["jaxembed_linear", "jaxembed_linear_norm"]
+    assert used(20, some, "tanh", double) == ["jaxembed_linear", "jaxembed_linear_norm"]
     for call in (single, double):
         assert not used(21, some, call=call)
         assert not used(1, Kernels(mesh), call=call)
@@ -319,7 +359,7 @@ def test_layers_of_two_dtypes() -> None:
 
 MODELS: dict[str, Callable[[], Any]] = {
     "bert": lambda: tiny_bert(hidden_size=2 * HEAD, num_attention_heads=2, max_position_embeddings=140),
-    "bert, an activation that is not theirs": lambda: tiny_bert(hidden_size=HEAD, hidden_act="relu"),
+    "bert, an activation that is not theirs": lambda: tiny_bert(hidden_size=HEAD, hidden_act="tanh"),
     "distilbert": lambda: randomise(
         DistilBertModel(DistilBertConfig(vocab_size=99, dim=64, n_heads=2, n_layers=2, hidden_dim=100)), 0
     ),
@@ -365,7 +405,7 @@ def test_minilm_by_them_and_without(
         assert np.abs(embedder.encode(texts) - wanted).max() <= 1e-6
         for bucket in shapes:
             program = embedder.engine._executables[bucket].as_text()
-            assert all(name in program for name in cpu_library.Target)
+            assert all(name in program for name in OF_BERT)
 
 
 def test_they_are_found_right_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,7 +432,7 @@ def test_minilm_in_bfloat16(
     )
     assert np.sum(embedder.encode(texts) * minilm.encode(texts), axis=1).min() >= 0.9995
     program = embedder.engine._executables[shapes[0]].as_text()
-    assert all(name in program for name in cpu_library.Target)
+    assert all(name in program for name in OF_BERT)
 
 
 def test_warmed_up_for_the_next_process(tiny_folder: Path, tmp_path: Path) -> None:

@@ -135,7 +135,9 @@ def test_a_library_that_cannot_be_loaded(
     assert "cannot be loaded, XLA's are used: no such instruction" in caplog.text
 
 
-@pytest.mark.parametrize("wrong", ["products", "linear_norm", "feed_forward", "attention", "embed", "totals"])
+@pytest.mark.parametrize(
+    "wrong", ["products", "linear_norm", "feed_forward", "gated_feed_forward", "attention", "embed", "totals"]
+)
 @pytest.mark.usefixtures("library")
 def test_right_looks_at_all(wrong: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """A hundredth too much, or NaN, in any is seen."""

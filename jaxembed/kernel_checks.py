@@ -1,0 +1,132 @@
+"""Whether `cpu_kernels` give what their formulas say on this machine: each is tried before it is used."""
+
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+
+from jaxembed import cpu_kernels, cpu_library
+from jaxembed.layers import activation, layer_norm
+
+__all__ = ["right"]
+
+logger = logging.getLogger(__name__)
+
+ALLOWED = 1e-5
+"""The largest absolute error of results that are around 1."""
+
+Numbers = npt.NDArray[Any]
+
+
+def right(dtype: str) -> bool:
+    """Whether they give what their formulas say; the log says so if not."""
+    tried = (wrong_in_products, wrong_in_norms, wrong_in_gated, wrong_in_attention, wrong_in_rows)
+    # NaN is no less than anything.
+    worst = float(np.max([error for wrong in tried for error in wrong(dtype)]))
+    if not worst <= ALLOWED:
+        logger.warning("the kernels for CPU are off by %.1e, more than %.1e, and are not used", worst, ALLOWED)
+        return False
+    return True
+
+
+def wrong_in_products(dtype: str) -> list[float]:
+    """The largest error of each of some `products`, with each activation."""
+    errors = []
+    acts = [act for act in cpu_kernels.ACTIVATIONS if act is not None]
+    for tokens, depth, width in ((1, 32, 50), (29, 224, 150), (100, 768, 96)):
+        x, kernel, bias = product(dtype, tokens, depth, width)
+        plain = jnp.asarray(x.astype(np.float64) @ kernel.T.astype(np.float64) + bias, jnp.float32)
+
+        def each(x: jax.Array, *matrix: jax.Array) -> list[jax.Array]:
+            return [cpu_kernels.products(x[None], [(matrix[0], matrix[1])], act)[0][0] for act in acts]
+
+        got = jax.jit(each)(x, kernel, bias)
+        errors += [float(jnp.abs(y - activation(act)(plain)).max()) for y, act in zip(got, acts, strict=True)]
+    return errors
+
+
+def wrong_in_gated(dtype: str) -> list[float]:
+    """The same of a `gated_feed_forward`, beside the two products and the third."""
+    x, up, bias = product(dtype, 100, 96, 96)
+    identity, ones = (jnp.eye(96, dtype=dtype), None), jnp.ones(96)
+
+    def both(x: jax.Array, up: cpu_kernels.Product) -> tuple[jax.Array, jax.Array]:
+        gates, inner = cpu_kernels.products(x, [up], "silu")[0], cpu_kernels.products(x, [(up[0], ones)])[0]
+        gated = cpu_kernels.gated_feed_forward(x, up, (up[0], ones), identity, "silu")
+        return cpu_kernels.products(gates * inner, [identity])[0], gated
+
+    wanted, got = jax.jit(both)(x[None], (up, bias))
+    return [float(jnp.abs(got - wanted).max())]
+
+
+def wrong_in_norms(dtype: str) -> list[float]:
+    """The same of a `linear_norm`, and of a `feed_forward` beside a product and that."""
+    tokens, width, eps = 100, 96, 1e-5
+    x, kernel, bias = product(dtype, tokens, width, width)
+    scale, shift = product("float32", 2, width, 1)[0]
+    identity = (jnp.eye(width, dtype=dtype), None)
+
+    def norms(x: jax.Array, up: cpu_kernels.Product) -> tuple[jax.Array, ...]:
+        (inner,) = cpu_kernels.products(x, [up], "gelu")
+        norm = (jnp.asarray(scale), jnp.asarray(shift), eps)
+        # What goes in is in that dtype; what is between may be rounded to it.
+        single, double = (cpu_kernels.linear_norm(y, identity, x, norm) for y in (x, inner))
+        return single, double, cpu_kernels.feed_forward(x, up, identity, "gelu", norm)
+
+    single, double, layer = map(np.asarray, jax.jit(norms)(x[None], (kernel, bias)))
+    wanted = np.asarray(layer_norm(jnp.asarray(2 * x), jnp.asarray(scale), jnp.asarray(shift), eps))
+    return [float(np.abs(single[0] - wanted).max()), float(np.abs(layer - double).max())]
+
+
+def wrong_in_attention(dtype: str) -> list[float]:
+    """The same of each row of an `attention`."""
+    head = 2 * cpu_library.lanes()
+    counts = np.array([1, 40, 17], np.int32)
+    starts = np.array([0, 1, 41], np.int32)
+    q, k, v = np.random.default_rng(0).normal(size=(3, 1, 60, head)).astype(np.float32)
+    scale = head**-0.5
+    if dtype == "bfloat16":
+        # Scores are whole numbers and weights are powers of two, which rounding leaves as they are.
+        q, k, v, scale = np.sign(q), np.sign(k), v.astype(dtype).astype(np.float32), float(np.log(2.0))
+    attention = jax.jit(lambda *y: cpu_kernels.attention(*y, head_dim=head, scale=scale, dtype=jnp.dtype(dtype)))
+    mixed = np.asarray(attention(q, k, v, starts, counts, counts))[0]
+    errors = []
+    for start, count in zip(starts, counts, strict=True):
+        row = slice(start, start + count)
+        weights = np.exp(q[0, row].astype(np.float64) @ k[0, row].T * scale)
+        wanted = weights @ v[0, row] / weights.sum(axis=1, keepdims=True)
+        errors.append(float(np.abs(mixed[row] - wanted).max()))
+    return errors
+
+
+def wrong_in_rows(dtype: str) -> list[float]:
+    """The same of an `embed` and of `totals`."""
+    random = np.random.default_rng(0)
+    width, rows, eps = 100, 3, 1e-5
+    scale, shift = random.normal(size=(2, width)).astype(np.float32)
+    tables = random.normal(size=(2, 9, width)).astype(dtype)
+    ids = random.integers(0, 9, (2, rows, 11), np.int32)
+
+    def embed(tables: jax.Array, ids: jax.Array) -> jax.Array:
+        norm = (jnp.asarray(scale), jnp.asarray(shift), eps)
+        return cpu_kernels.embed(list(zip(tables, ids, strict=True)), norm, shape=(rows, ids.shape[-1]))
+
+    x = sum(table.astype(np.float32)[which] for table, which in zip(tables, ids, strict=True))
+    embedded = np.asarray(layer_norm(jnp.asarray(x), jnp.asarray(scale), jnp.asarray(shift), eps))
+    weights = random.normal(size=ids.shape[1:]).astype(np.float32)
+    starts, counts = np.arange(rows, dtype=np.int32) * ids.shape[-1], np.full(rows, ids.shape[-1], np.int32)
+    totals = np.einsum("BT,BTD->BD", weights, x)
+    got = (jax.jit(embed)(tables, ids), jax.jit(cpu_kernels.totals)(x, weights, starts, counts))
+    return [float(np.abs(np.asarray(y) - z).max()) for y, z in zip(got, (embedded, totals), strict=True)]
+
+
+def product(dtype: str, tokens: int, depth: int, width: int) -> tuple[Numbers, Numbers, Numbers]:
+    """x, kernel and bias of a product, of which what the kernels round is rounded, with results around 1."""
+    random = np.random.default_rng(0)
+    sizes = ((tokens, depth), (width, depth), (width,))
+    x, kernel, bias = (random.normal(size=size).astype(np.float32) for size in sizes)
+    x, kernel = (y.astype(dtype) for y in (x, kernel / np.float32(depth**0.5)))
+    return x.astype(np.float32), kernel, bias
