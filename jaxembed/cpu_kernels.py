@@ -1,8 +1,8 @@
 """What a model is made of, in C++, for one CPU, called by XLA's executables.
 
 XLA's matrix product on CPU repacks one of its operands at every call, which few tokens do not repay, its attention
-over short rows is many small steps, and what
-it computes it computes for all tokens that there is room for. Letters in shapes are those of `layers` and `tokens`.
+over short rows is many small steps, and whatever it computes it computes for all tokens that there is room for. Letters
+in shapes are those of `layers` and `tokens`.
 
 Each can be told how many tokens there are, of all lines together: what stands behind them is not looked at, and in the
 result anything may stand there.
