@@ -69,7 +69,7 @@ def attention(
     hidden = bias is not None or causal or window is not None
     if kernels is not None and kernels.cpu_tokens and not hidden and cpu_attention_takes(width):
         told = (rows.starts, rows.lengths, jnp.sum(rows.mask, axis=1, dtype=jnp.int32))
-        there = tokens_there(query.shape[:2])
+        there = tokens_there(query)
         return cpu_kernels.attention(query, key, value, *told, head_dim=width, scale=scale, dtype=dtype, tokens=there)
     query, key, value = (rows.apart(x) for x in (query, key, value))
     plain = partial(plain_attention, heads=heads, dtype=dtype, scale=scale)

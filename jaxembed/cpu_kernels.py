@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from jaxembed import cpu_library
 from jaxembed.cpu_library import Target
@@ -58,20 +58,18 @@ Norm = tuple[Float[Array, " N"], Float[Array, " N"] | None, float]
 """Scale and bias of a LayerNorm, and what it adds to the variance."""
 
 
-def embed(
-    lookups: Sequence[LookUp], norm: Norm, *, shape: tuple[int, int], tokens: Count = None
-) -> Float[Array, "L M N"]:
+def embed(lookups: Sequence[LookUp], norm: Norm, *, tokens: Count = None) -> Float[Array, "L M N"]:
     """norm(the sum of what each table has for a token).
 
     Args:
-        lookups: tables, all in one of `cpu_library.DTYPES`, and ids; beyond either end the first or the last is read.
+        lookups: tables, all in one of `cpu_library.DTYPES`, and ids, those of the first one [L, M]; beyond either end
+            the first or the last is read.
         norm: of the sum.
-        shape: (L, M).
     """
-    width = lookups[0][0].shape[1]
-    spread = [(table, jnp.broadcast_to(ids.astype(jnp.int32), shape)) for table, ids in lookups]
-    call = jax.ffi.ffi_call(Target.EMBED, written((*shape, width)))
-    operands = (*(array for one in spread for array in one), *with_bias(norm[:2]), counted(shape, tokens))
+    table, ids = lookups[0]
+    spread = [(one, jnp.broadcast_to(which.astype(jnp.int32), ids.shape)) for one, which in lookups]
+    call = jax.ffi.ffi_call(Target.EMBED, written((*ids.shape, table.shape[1])))
+    operands = (*(array for one in spread for array in one), *with_bias(norm[:2]), counted(ids, tokens))
     embedded: jax.Array = call(*operands, eps=np.float32(norm[2]))
     return embedded
 
@@ -92,7 +90,7 @@ def products(
     """
     shapes = [(*x.shape[:-1], kernel.shape[0]) for kernel, _ in matrices]
     call = jax.ffi.ffi_call(Target.LINEAR, [*map(written, shapes), room(x, x.shape[-1])])
-    operands = (x, counted(x.shape[:2], tokens), *(array for one in matrices for array in with_bias(one)))
+    operands = (x, counted(x, tokens), *(array for one in matrices for array in with_bias(one)))
     results: Sequence[jax.Array] = call(*operands, activation=np.int32(ACTIVATIONS[activation]))
     return tuple(results[:-1])
 
@@ -108,7 +106,7 @@ def linear_norm(
         norm: of the sum.
     """
     call = jax.ffi.ffi_call(Target.LINEAR_NORM, [written(residual.shape), room(x, x.shape[-1])])
-    operands = (x, counted(x.shape[:2], tokens), *with_bias(matrix), residual, *with_bias(norm[:2]))
+    operands = (x, counted(x, tokens), *with_bias(matrix), residual, *with_bias(norm[:2]))
     results: Sequence[jax.Array] = call(*operands, eps=np.float32(norm[2]))
     return results[0]
 
@@ -131,7 +129,7 @@ def feed_forward(
         norm: of the sum.
     """
     call = jax.ffi.ffi_call(Target.FEED_FORWARD, [written(x.shape), room(x, sum(down[0].shape))])
-    operands = (x, counted(x.shape[:2], tokens), *with_bias(up), *with_bias(down), *with_bias(norm[:2]))
+    operands = (x, counted(x, tokens), *with_bias(up), *with_bias(down), *with_bias(norm[:2]))
     options = {"activation": np.int32(ACTIVATIONS[activation]), "eps": np.float32(norm[2])}
     results: Sequence[jax.Array] = call(*operands, **options)
     return results[0]
@@ -155,7 +153,7 @@ def gated_feed_forward(
     """
     width, inner = down[0].shape
     call = jax.ffi.ffi_call(Target.GATED_FEED_FORWARD, [written(x.shape), room(x, width + 2 * inner)])
-    operands = (x, counted(x.shape[:2], tokens), *with_bias(gate), *with_bias(up), *with_bias(down))
+    operands = (x, counted(x, tokens), *with_bias(gate), *with_bias(up), *with_bias(down))
     results: Sequence[jax.Array] = call(*operands, activation=np.int32(ACTIVATIONS[activation]))
     return results[0]
 
@@ -171,9 +169,9 @@ def with_bias(one: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.A
     return first, jnp.zeros(0, jnp.float32) if bias is None else bias
 
 
-def counted(shape: tuple[int, ...], tokens: Count) -> Int[Array, " 1"]:
-    """How many tokens of (L, M) there are, as the calls are told."""
-    return jnp.full(1, shape[0] * shape[1], jnp.int32) if tokens is None else tokens.astype(jnp.int32).reshape(1)
+def counted(x: Shaped[Array, "L M *rest"], tokens: Count) -> Int[Array, " 1"]:
+    """How many tokens there are, as the calls are told."""
+    return jnp.full(1, x.shape[0] * x.shape[1], jnp.int32) if tokens is None else tokens.astype(jnp.int32).reshape(1)
 
 
 def room(x: Float[Array, "L M K"], depth: int) -> jax.ShapeDtypeStruct:
@@ -207,7 +205,7 @@ def attention(
     """
     call = jax.ffi.ffi_call(Target.ATTENTION, written(query.shape))
     options = {"half": np.int32(dtype == jnp.bfloat16), "head_dim": np.int32(head_dim), "scale": np.float32(scale)}
-    mixed: jax.Array = call(query, key, value, starts, counts, seen, counted(query.shape[:2], tokens), **options)
+    mixed: jax.Array = call(query, key, value, starts, counts, seen, counted(query, tokens), **options)
     return mixed
 
 
@@ -227,5 +225,5 @@ def totals(
         starts, counts: as of `attention`.
     """
     call = jax.ffi.ffi_call(Target.TOTALS, written((weights.shape[0], x.shape[-1])))
-    summed: jax.Array = call(x, weights, starts, counts, counted(x.shape[:2], tokens))
+    summed: jax.Array = call(x, weights, starts, counts, counted(x, tokens))
     return summed

@@ -6,9 +6,9 @@ from contextvars import ContextVar
 from typing import NamedTuple
 
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Shaped
 
-__all__ = ["Kernels", "Line", "available", "right_padded", "tokens_there"]
+__all__ = ["Kernels", "Line", "available", "cpu_takes", "right_padded", "tokens_there"]
 
 
 class Kernels(NamedTuple):
@@ -49,10 +49,16 @@ def available() -> Kernels | None:
     return AVAILABLE.get()
 
 
-def tokens_there(shape: tuple[int, ...]) -> Int[Array, ""] | None:
-    """How many tokens of what stands in lines, (L, M), there are; None where it may be all of them."""
+def cpu_takes(x: Shaped[Array, "L M *rest"]) -> bool:
+    """Whether so many tokens are left to `cpu_kernels`."""
+    kernels = AVAILABLE.get()
+    return kernels is not None and x.shape[0] * x.shape[1] <= kernels.cpu_tokens
+
+
+def tokens_there(x: Shaped[Array, "L M *rest"]) -> Int[Array, ""] | None:
+    """How many tokens of what stands in lines there are; None where it may be all of them."""
     line = LINE.get()
-    return None if line is None or shape != (1, line.room) else line.tokens
+    return None if line is None or x.shape[:2] != (1, line.room) else line.tokens
 
 
 @contextmanager

@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from jaxembed import cpu_kernels, cpu_library
 from jaxembed.errors import UnsupportedModelError
-from jaxembed.kernels import available, tokens_there
+from jaxembed.kernels import cpu_takes, tokens_there
 
 __all__ = [
     "ACTIVATIONS",
@@ -137,9 +137,9 @@ def linears(
     are no passes of their own.
     """
     matrices = [layer.matrix for layer in layers]
-    if by_cpu_kernels(x.shape[:2], [layer.kernel for layer in layers]):
+    if by_cpu_kernels(x, [layer.kernel for layer in layers]):
         inside = act in cpu_kernels.ACTIVATIONS
-        results = cpu_kernels.products(x, matrices, act if inside else None, tokens=tokens_there(x.shape[:2]))
+        results = cpu_kernels.products(x, matrices, act if inside else None, tokens=tokens_there(x))
         act = None if inside else act
     else:
         products = [(linear(x, kernel), bias) for kernel, bias in matrices]
@@ -147,13 +147,10 @@ def linears(
     return results if act is None else tuple(map(activation(act), results))
 
 
-def by_cpu_kernels(shape: tuple[int, ...], weights: Sequence[nnx.Param[jax.Array]]) -> bool:
-    """Whether (L, M) tokens are left to `cpu_kernels`, and these matrices or tables are in one of their dtypes."""
-    there = available()
-    if there is None or shape[0] * shape[1] > there.cpu_tokens:
-        return False
+def by_cpu_kernels(x: Shaped[Array, "L M *rest"], weights: Sequence[nnx.Param[jax.Array]]) -> bool:
+    """Whether so many tokens are left to `cpu_kernels`, and these matrices or tables are in one of their dtypes."""
     dtypes = {str(one.dtype) for one in weights}
-    return len(dtypes) == 1 and dtypes <= set(cpu_library.DTYPES)
+    return cpu_takes(x) and len(dtypes) == 1 and dtypes <= set(cpu_library.DTYPES)
 
 
 class Embedding(nnx.Module):
@@ -205,8 +202,8 @@ def linear_norm(
     x: Float[Array, "B T In"], layer: Linear, residual: Float[Array, "B T Out"], norm: LayerNorm
 ) -> Float[Array, "B T Out"]:
     """norm(residual + layer(x)); up to `Kernels.cpu_tokens` tokens by one of `cpu_kernels`."""
-    if by_cpu_kernels(x.shape[:2], [layer.kernel]):
-        return cpu_kernels.linear_norm(x, layer.matrix, residual, norm.numbers, tokens=tokens_there(x.shape[:2]))
+    if by_cpu_kernels(x, [layer.kernel]):
+        return cpu_kernels.linear_norm(x, layer.matrix, residual, norm.numbers, tokens=tokens_there(x))
     return norm(residual + layer(x))
 
 
@@ -214,8 +211,8 @@ def feed_forward(
     x: Float[Array, "B T D"], up: Linear, act: str, down: Linear, norm: LayerNorm
 ) -> Float[Array, "B T D"]:
     """norm(x + down(act(up(x)))); likewise by one of `cpu_kernels`, if it has that activation."""
-    if act in cpu_kernels.ACTIVATIONS and by_cpu_kernels(x.shape[:2], [up.kernel, down.kernel]):
-        return cpu_kernels.feed_forward(x, up.matrix, down.matrix, act, norm.numbers, tokens=tokens_there(x.shape[:2]))
+    if act in cpu_kernels.ACTIVATIONS and by_cpu_kernels(x, [up.kernel, down.kernel]):
+        return cpu_kernels.feed_forward(x, up.matrix, down.matrix, act, norm.numbers, tokens=tokens_there(x))
     return linear_norm(up(x, act), down, x, norm)
 
 
@@ -231,11 +228,10 @@ def summed(lookups: Sequence[LookUp]) -> Float[Array, "L M D"]:
 
 def embedded(lookups: Sequence[LookUp], norm: LayerNorm) -> Float[Array, "L M D"]:
     """norm(`summed`); up to `Kernels.cpu_tokens` tokens by one of `cpu_kernels`."""
-    lines, places = lookups[0][1].shape
-    shape = (lines, places)
-    if by_cpu_kernels(shape, [embedding.table for embedding, _ in lookups]):
+    ids = lookups[0][1]
+    if by_cpu_kernels(ids, [embedding.table for embedding, _ in lookups]):
         tables = [(embedding.table[...], ids) for embedding, ids in lookups]
-        return cpu_kernels.embed(tables, norm.numbers, shape=shape, tokens=tokens_there(shape))
+        return cpu_kernels.embed(tables, norm.numbers, tokens=tokens_there(ids))
     return norm(summed(lookups))
 
 
@@ -243,8 +239,8 @@ def gated_feed_forward(
     x: Float[Array, "B T D"], gate: Linear, act: str, up: Linear, down: Linear
 ) -> Float[Array, "B T D"]:
     """down(act(gate(x)) * up(x)); likewise by one of `cpu_kernels`, if it has that activation."""
-    if act in cpu_kernels.ACTIVATIONS and by_cpu_kernels(x.shape[:2], [gate.kernel, up.kernel, down.kernel]):
-        there = tokens_there(x.shape[:2])
+    if act in cpu_kernels.ACTIVATIONS and by_cpu_kernels(x, [gate.kernel, up.kernel, down.kernel]):
+        there = tokens_there(x)
         return cpu_kernels.gated_feed_forward(x, gate.matrix, up.matrix, down.matrix, act, tokens=there)
     gates, inner = linears(x, [gate, up])
     return down(activation(act)(gates) * inner)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxembed import cpu_kernels
-from jaxembed.kernels import available, tokens_there
+from jaxembed.kernels import cpu_takes, tokens_there
 from jaxembed.types import NO_TASK
 
 __all__ = ["Rows", "Tokens"]
@@ -114,10 +114,8 @@ class Rows(NamedTuple):
 
         Up to `Kernels.cpu_tokens` tokens by one of `cpu_kernels`.
         """
-        kernels = available()
-        if kernels is not None and x.shape[0] * x.shape[1] <= kernels.cpu_tokens:
-            there = tokens_there(x.shape[:2])
-            return cpu_kernels.totals(x, weights, self.starts, self.lengths, tokens=there)
+        if cpu_takes(x):
+            return cpu_kernels.totals(x, weights, self.starts, self.lengths, tokens=tokens_there(x))
         if self.flat is None:
             return jnp.sum(x * weights[:, :, None], axis=1)
         line, starts = jnp.arange(x.shape[1], dtype=jnp.int32)[None], self.starts[:, None]

@@ -60,7 +60,7 @@ void feed_forward(const Way& way, const float* x, const Matrix& up, Activation a
 template <class Way>
 void gated_feed_forward(const Way& way, const float* x, const Matrix& gate, Activation activation, const Matrix& up,
                         const Matrix& down, float* room) {
-  float *gates = room + way.room(down.N), *inner = gates + ByVectors<float>(way.tokens()).room(gate.N);
+  float *gates = room + way.room(down.N), *inner = gates + room_of(way.tokens(), gate.N);
   Matrix bare = up;
   bare.bias = nullptr;  // added before
   way.fill(x, down.N, room);

@@ -17,47 +17,49 @@ struct Norm {
   float eps;
 };
 
-// The sum of one(i) for N places i: of a vector of them from i on, or of the last few one by one.
-template <class Several, class One> inline float total(size_t N, const Several& several, const One& one) {
+// call(Vector{}, i) for each place i of N where a vector begins, and call(0.0f, i) for the last few.
+template <class Call> inline void along(size_t N, const Call& call) {
+  size_t i = 0;
+  for (; i + LANES <= N; i += LANES) call(Vector{}, i);
+  for (; i < N; i++) call(0.0f, i);
+}
+
+// The sum of N numbers: value(Vector{}, i) is a vector of them from i on, value(0.0f, i) one.
+template <class Value> inline float total(size_t N, const Value& value) {
   constexpr size_t APART = 4;  // sums that do not wait for one another
   Vector sums[APART] = {};
   size_t i = 0;
   for (; i + APART * LANES <= N; i += APART * LANES) {
 #pragma GCC unroll 4
-    for (size_t a = 0; a < APART; a++) sums[a] += several(i + a * LANES);
+    for (size_t a = 0; a < APART; a++) sums[a] += value(Vector{}, i + a * LANES);
   }
-  for (; i + LANES <= N; i += LANES) sums[0] += several(i);
+  for (; i + LANES <= N; i += LANES) sums[0] += value(Vector{}, i);
   const Vector all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   float sum = 0.0f;
   for (size_t lane = 0; lane < LANES; lane++) sum += all[lane];
-  for (; i < N; i++) sum += one(i);
+  for (; i < N; i++) sum += value(0.0f, i);
   return sum;
 }
 
-// y = (z - mean) / sqrt(variance + eps) * scale + bias of one token. z(V{}, i) is a vector of it from i on, or one number.
+// y = (z - mean) / sqrt(variance + eps) * scale + bias of one token; z gives numbers as the values of `total`.
 template <class Z> inline void normalise(const Z& z, const Norm& norm, size_t N, float* y) {
-  auto first = [&](auto kind, size_t i) {
+  const float mean = total(N, [&](auto kind, size_t i) {
     const auto value = z(kind, i);
     store(y + i, value);
     return value;
-  };
-  const float mean = total(N, [&](size_t i) { return first(Vector{}, i); }, [&](size_t i) { return first(0.0f, i); }) / N;
-  auto square = [&](auto value, size_t i) {
-    value -= mean;
+  }) / N;
+  const float variance = total(N, [&](auto kind, size_t i) {
+    const auto value = load<decltype(kind)>(y + i) - mean;
     store(y + i, value);
     return value * value;
-  };
-  const float variance =
-      total(N, [&](size_t i) { return square(load<Vector>(y + i), i); }, [&](size_t i) { return square(y[i], i); }) / N;
+  }) / N;
   const float over = 1.0f / std::sqrt(variance + norm.eps);
-  auto finish = [&](auto value, size_t i) {
-    value *= over * load<decltype(value)>(norm.scale + i);
-    if (norm.bias != nullptr) value += load<decltype(value)>(norm.bias + i);
+  along(N, [&](auto kind, size_t i) {
+    using V = decltype(kind);
+    V value = load<V>(y + i) * (over * load<V>(norm.scale + i));
+    if (norm.bias != nullptr) value += load<V>(norm.bias + i);
     store(y + i, value);
-  };
-  size_t i = 0;
-  for (; i + LANES <= N; i += LANES) finish(load<Vector>(y + i), i);
-  for (; i < N; i++) finish(y[i], i);
+  });
 }
 
 // work(t) for each of M tokens of N features, whose work is next to none.

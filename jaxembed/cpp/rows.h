@@ -40,7 +40,7 @@ void embed(const std::vector<Table>& tables, const Norm& norm, size_t M, size_t 
 
 // y [N] = the sum of count tokens x [count, N], each times its weight.
 inline void weighted_sum(const float* x, const float* weights, size_t count, size_t N, float* y) {
-  auto sum = [&](auto kind, size_t i) {
+  along(N, [&](auto kind, size_t i) {
     constexpr size_t APART = 4;  // sums that do not wait for one another
     decltype(kind) sums[APART] = {};
     size_t t = 0;
@@ -50,10 +50,7 @@ inline void weighted_sum(const float* x, const float* weights, size_t count, siz
     }
     for (; t < count; t++) sums[0] += weights[t] * load<decltype(kind)>(x + t * N + i);
     store(y + i, (sums[0] + sums[1]) + (sums[2] + sums[3]));
-  };
-  size_t i = 0;
-  for (; i + LANES <= N; i += LANES) sum(Vector{}, i);
-  for (; i < N; i++) sum(0.0f, i);
+  });
 }
 
 }  // namespace jaxembed
