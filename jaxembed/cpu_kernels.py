@@ -81,7 +81,7 @@ def products(
     *,
     tokens: Count = None,
 ) -> tuple[Float[Array, "L M _"], ...]:
-    """activation(x @ kernel^T + bias) of each matrix, float32; x is rounded to bfloat16 where `by_amx`.
+    """activation(x @ kernel^T + bias) of each matrix, float32; x is rounded to bfloat16 where `in_pairs`.
 
     Args:
         x: float32.
@@ -201,7 +201,8 @@ def attention(
         seen: how many of them, the first ones, are keys.
         head_dim: H, a multiple of twice `cpu_library.lanes()`.
         scale: of the scores.
-        dtype: "bfloat16" lets operands of the products be rounded to that, as they are for many keys with AMX.
+        dtype: "bfloat16" lets operands of the products be rounded to that, as they are for many keys where the CPU
+            multiplies that.
     """
     call = jax.ffi.ffi_call(Target.ATTENTION, written(query.shape))
     options = {"half": np.int32(dtype == jnp.bfloat16), "head_dim": np.int32(head_dim), "scale": np.float32(scale)}

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import jax
 
-__all__ = ["DTYPES", "Target", "build", "by_amx", "compiler", "host_cpu", "lanes", "load", "room", "running"]
+__all__ = ["DTYPES", "Target", "build", "compiler", "host_cpu", "in_pairs", "lanes", "load", "room", "running"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ FLAGS = (
 FUNCTIONS = (
     ("jaxembed_lanes", ctypes.c_int64, 0),
     ("jaxembed_room", ctypes.c_int64, 2),
-    ("jaxembed_amx", ctypes.c_bool, 1),
+    ("jaxembed_in_pairs", ctypes.c_bool, 1),
 )
 """Others that are called from here, their results, and how many integers they are given."""
 
@@ -126,15 +126,16 @@ def lanes() -> int:
     return int(library().jaxembed_lanes())
 
 
-def by_amx(depth: int) -> bool:
-    """Whether products in bfloat16 with so many input features are the matrix unit's; else they are the vectors'.
+def in_pairs(depth: int) -> bool:
+    """Whether products in bfloat16 with so many input features take them two at a time, rounded to bfloat16 as well.
 
-    It takes multiples of 32, and rounds inputs to bfloat16; vectors multiply in float32.
+    So they do with a multiple of 32, if the CPU multiplies bfloat16 (AVX512_BF16, or AMX); else inputs are multiplied in
+    float32.
 
     Raises:
         RuntimeError: nothing is loaded.
     """
-    return bool(library().jaxembed_amx(depth))
+    return bool(library().jaxembed_in_pairs(depth))
 
 
 def room(tokens: int, features: int) -> int:

@@ -112,8 +112,8 @@ def cpu_tokens(kept: cache.Cache | None, dtype: str) -> int:
                 # A text must not have one vector in a small batch and another in a large one.
                 tokens = 0
         seconds = time.perf_counter() - start
-        unit = ", by AMX" if tokens and dtype == "bfloat16" and as_xla_rounds(dtype) else ""
-        logger.info("kernels for CPU in %s%s: up to %d tokens, found out in %.1f s", dtype, unit, tokens, seconds)
+        kind = ", inputs rounded" if tokens and dtype == "bfloat16" and as_xla_rounds(dtype) else ""
+        logger.info("kernels for CPU in %s%s: up to %d tokens, found out in %.1f s", dtype, kind, tokens, seconds)
     except OSError as error:
         logger.warning("the kernels for CPU cannot be loaded, XLA's are used: %s", error)
         return 0
@@ -123,7 +123,7 @@ def cpu_tokens(kept: cache.Cache | None, dtype: str) -> int:
 
 def as_xla_rounds(dtype: str) -> bool:
     """Whether they multiply what XLA's products do: with matrices in bfloat16 those round the other operand too."""
-    return dtype == "float32" or cpu_library.by_amx(SIZE[0])
+    return dtype == "float32" or cpu_library.in_pairs(SIZE[0])
 
 
 def worth(dtype: str) -> int:

@@ -13,13 +13,11 @@
 #include <cstdint>
 #include <cstring>
 
-#include "vectors.h"
+#include "pairs.h"
 
 namespace jaxembed::amx {
 
 constexpr size_t SIDE = 16;          // rows of a tile, or tokens
-constexpr size_t STEP = 32;          // features of a tile
-constexpr size_t WORDS = STEP / 2;   // two features each
 constexpr size_t ROW = 64;           // bytes of a row
 constexpr size_t SIZE = SIDE * ROW;  // bytes of a tile
 
@@ -59,37 +57,10 @@ template <size_t Sum, size_t A, size_t B> inline void multiply_add() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sum), "i"(A), "i"(B));
 }
 
-// Words of two features of 16 tokens, each of an even one and the one behind it.
-inline void put_words(Vector even, Vector odd, char* to) {
-  alignas(ROW) static constexpr uint16_t ORDER[STEP] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
-  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(ORDER), both));
-}
-
-// 32 numbers, rounded to bfloat16.
-inline void put_row(const float* from, char* to) {
-  __m512bh words = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + WORDS), _mm512_loadu_ps(from));
-  std::memcpy(to, &words, ROW);
-}
-
-// 16 tokens of x, `apart` numbers from one another, or fewer and zeros behind the last one, rounded to bfloat16:
-// [depth / 32, 16 words, 16 tokens].
-inline void fill_tiles(const float* x, size_t apart, size_t tokens, size_t depth, char* tiles) {
-  alignas(ROW) float rounded[SIDE * WORDS];
-  std::memset(rounded, 0, sizeof rounded);
-  for (size_t k = 0; k < depth; k += STEP, tiles += SIZE) {
-    for (size_t t = 0; t < tokens; t++) put_row(x + t * apart + k, reinterpret_cast<char*>(rounded + t * WORDS));
-    float* words = reinterpret_cast<float*>(tiles);
-    for (size_t t = 0; t < SIDE; t += 8) {
-      for (size_t w = 0; w < WORDS; w += 8) turn(rounded + t * WORDS + w, WORDS, words + w * SIDE + t, SIDE);
-    }
-  }
-}
-
-// out [16 R, 16 C] = 16 R rows of a kernel [_, depth] in bfloat16 times C times 16 tokens as `fill_tiles` lays them.
+// out [16 R, 16 C] = 16 R rows of a kernel [_, depth] in bfloat16 times C panels of 16 tokens' words.
 template <size_t R, size_t C>
-inline void multiply(const char* rows, const char* tokens, size_t depth, float* out, size_t out_apart) {
+inline void multiply(const void* kernel, const float* words, size_t depth, float* out, size_t out_apart) {
+  const char *rows = static_cast<const char*>(kernel), *tokens = reinterpret_cast<const char*>(words);
   zero<0>();
   if constexpr (C > 1) zero<1>();
   if constexpr (R > 1) zero<2>();

@@ -10,6 +10,8 @@
 
 #include "amx.h"
 #include "crew.h"
+#include "numbers.h"
+#include "pairs.h"
 #include "tiles.h"
 #include "vectors.h"
 
@@ -55,7 +57,7 @@ inline void head(const float* query, const float* key, const float* value, float
   float *keys = scratch.data(), *values = keys + room * width, *scores = values + room * width;
   for (size_t p = 0; p < panels; p++) {
     const size_t begin = p * KEYS;
-    fill_panel(key + begin * key_apart, key_apart, std::min(KEYS, seen - begin), width, keys + begin * width, KEYS);
+    fill_panel<float>(key + begin * key_apart, key_apart, std::min(KEYS, seen - begin), width, keys + begin * width, KEYS);
   }
   for (size_t f = 0; f < width; f += PAIR) {
     for (size_t s = 0; s < seen; s++) {
@@ -82,52 +84,70 @@ inline void head(const float* query, const float* key, const float* value, float
   }
 }
 
+#if defined(JAXEMBED_PAIRS)
+
+constexpr size_t FEW_KEYS = 32;  // more are worth it to make pairs of them
+
+// Up to ROWS rows of words, [rows, depth], times STEP columns, which lie in panels of PANEL, by vectors.
+struct PairsByVectors {
+  static constexpr size_t ROWS = TILE / 2, PANEL = STEP;
+  void times(size_t rows, const float* words, size_t depth, const float* panels, float* out, size_t out_apart) const {
+    tile_of<ROWS, 2>(rows, reinterpret_cast<const Pair*>(words), depth, panels, depth, out, out_apart);
+  }
+};
+
 #if defined(JAXEMBED_AMX)
 
-constexpr size_t AMX_KEYS = 32;  // more than so many are worth their tiles
-
-// `head` by the matrix unit, with queries, keys, values and weights rounded to bfloat16.
-inline void head_by_amx(const float* query, const float* key, const float* value, float* out, size_t count, size_t seen,
-                        const Heads& heads) {
-  using amx::ROW, amx::SIDE, amx::STEP;
-  static_assert(PAIR == STEP);
-  constexpr size_t ROWS = 2 * SIDE;
-  const size_t width = heads.width, query_apart = heads.query * width, key_apart = heads.key * width;
-  const size_t room = (seen + STEP - 1) / STEP * STEP;
-  // Of four bytes, which two numbers in bfloat16 share.
-  const size_t needed = room * width + ROWS * (width / 2 + room / 2 + room) + ROW;
-  static thread_local std::vector<float> scratch;
-  if (scratch.size() < needed) scratch.resize(needed);
-  char* keys = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(scratch.data()) + ROW - 1) / ROW * ROW);
-  char *values = keys + room * width * 2, *queries = values + room * width * 2, *weights = queries + ROWS * width * 2;
-  float* scores = reinterpret_cast<float*>(weights + ROWS * room * 2);
-  for (size_t s = 0; s < room; s += SIDE) {
-    const size_t tokens = std::min(SIDE, seen - std::min(seen, s));
-    amx::fill_tiles(key + s * key_apart, key_apart, tokens, width, keys + s * width * 2);
-  }
-  auto of = [&](size_t s, size_t f) { return s < seen ? load<Vector>(value + s * key_apart + f) : Vector{}; };
-  for (size_t f = 0; f < width; f += SIDE) {
-    for (size_t s = 0; s < room; s += 2) amx::put_words(of(s, f), of(s + 1, f), values + f * room * 2 + s / 2 * ROW);
+// The same by the matrix unit, which takes 16 or 32 rows of words and of the result, whatever stands in them.
+struct PairsByAmx {
+  static constexpr size_t ROWS = 2 * amx::SIDE, PANEL = amx::SIDE;
+  void times(size_t rows, const float* words, size_t depth, const float* panels, float* out, size_t out_apart) const {
+    (rows > amx::SIDE ? amx::multiply<2, 2> : amx::multiply<1, 2>)(words, panels, 2 * depth, out, out_apart);
   }
   const amx::Tiles configured;
+};
+
+#endif
+
+// `head` with queries, keys, values and weights rounded to bfloat16.
+template <class Unit>
+inline void head_in_pairs(const float* query, const float* key, const float* value, float* out, size_t count, size_t seen,
+                          const Heads& heads) {
+  static_assert(PAIR == STEP);
+  constexpr size_t ROWS = Unit::ROWS, PANEL = Unit::PANEL;
+  const size_t width = heads.width, query_apart = heads.query * width, key_apart = heads.key * width;
+  const size_t room = (seen + STEP - 1) / STEP * STEP;
+  const size_t needed = room * width + ROWS * (width / 2 + room / 2 + room) + LINE;
+  static thread_local std::vector<float> scratch;
+  if (scratch.size() < needed) scratch.resize(needed);
+  const size_t aside = reinterpret_cast<uintptr_t>(scratch.data()) / sizeof(float) % LINE;
+  float *keys = scratch.data() + (LINE - aside) % LINE, *values = keys + room * width / 2;
+  float *queries = values + room * width / 2, *weights = queries + ROWS * width / 2, *scores = weights + ROWS * room / 2;
+  for (size_t s = 0; s < room; s += PANEL) {
+    const size_t tokens = std::min(PANEL, seen - std::min(seen, s));
+    fill_panel<Pair>(key + s * key_apart, key_apart, tokens, width, keys + s * width / 2, PANEL);
+  }
+  auto of = [&](size_t s, size_t f) { return s < seen ? load<Vector>(value + s * key_apart + f) : Vector{}; };
+  for (size_t f = 0; f < width; f += LANES) {
+    float* to = values + f / PANEL * PANEL * room / 2 + f % PANEL;
+    for (size_t s = 0; s < room; s += 2, to += PANEL) put_words(of(s, f), of(s + 1, f), to);
+  }
+  const Unit unit;
   for (size_t first = 0; first < count; first += ROWS) {
     const size_t rows = std::min(ROWS, count - first);
-    const auto times = rows > SIDE ? amx::multiply<2, 2> : amx::multiply<1, 2>;
-    std::memset(queries + rows * width * 2, 0, (ROWS - rows) * width * 2);
-    std::memset(weights + rows * room * 2, 0, (ROWS - rows) * room * 2);
     for (size_t r = 0; r < rows; r++) {
       const float* from = query + (first + r) * query_apart;
-      for (size_t f = 0; f < width; f += STEP) amx::put_row(from + f, queries + (r * width + f) * 2);
+      for (size_t f = 0; f < width; f += STEP) put_row(from + f, queries + (r * width + f) / 2);
     }
-    for (size_t s = 0; s < room; s += STEP) times(queries, keys + s * width * 2, width, scores + s, room);
+    for (size_t s = 0; s < room; s += STEP) unit.times(rows, queries, width / 2, keys + s * width / 2, scores + s, room);
     float sums[ROWS];
     for (size_t r = 0; r < rows; r++) {
       sums[r] = soften(scores + r * room, seen, room, heads.scale);
-      for (size_t s = 0; s < room; s += STEP) amx::put_row(scores + r * room + s, weights + (r * room + s) * 2);
+      for (size_t s = 0; s < room; s += STEP) put_row(scores + r * room + s, weights + (r * room + s) / 2);
     }
     for (size_t f = 0; f < width; f += STEP) {
-      alignas(ROW) float mixed[ROWS * STEP];
-      times(weights, values + f * room * 2, room, mixed, STEP);
+      alignas(64) float mixed[ROWS * STEP];
+      unit.times(rows, weights, room / 2, values + f * room / 2, mixed, STEP);
       for (size_t r = 0; r < rows; r++) {
         float* to = out + (first + r) * query_apart + f;
         for (size_t i = 0; i < STEP; i += LANES) store(to + i, load<Vector>(mixed + r * STEP + i) / sums[r]);
@@ -159,8 +179,11 @@ inline void attention(const float* query, const float* key, const float* value, 
     }
     size_t behind = start * heads.key * heads.width + h / group * heads.width;
     auto one = size_t(seen[row]) <= LANES ? head<1> : head<2>;
+#if defined(JAXEMBED_PAIRS)
+    if (half && size_t(seen[row]) > FEW_KEYS) one = head_in_pairs<PairsByVectors>;
 #if defined(JAXEMBED_AMX)
-    if (half && size_t(seen[row]) > AMX_KEYS && amx::allowed()) one = head_by_amx;
+    if (half && size_t(seen[row]) > FEW_KEYS && amx::allowed()) one = head_in_pairs<PairsByAmx>;
+#endif
 #endif
     one(query + start * apart + h * heads.width, key + behind, value + behind, to, count, seen[row], heads);
   });

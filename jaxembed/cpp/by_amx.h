@@ -14,6 +14,7 @@
 
 #include "crew.h"
 #include "matrix.h"
+#include "pairs.h"
 #include "vectors.h"
 
 namespace jaxembed {
@@ -29,7 +30,7 @@ class ByAmx {
 
   void fill(const float* x, size_t K, float* tiles) const {
     Crew::get().each(tiles_, tokens_ * K > 100'000, [&](size_t i) {
-      amx::fill_tiles(x + i * SIDE * K, K, std::min(SIDE, tokens_ - i * SIDE), K, tile(tiles, i, K));
+      fill_panel<Pair>(x + i * SIDE * K, K, std::min(SIDE, tokens_ - i * SIDE), K, tile(tiles, i, K), SIDE);
     });
   }
 
@@ -65,15 +66,7 @@ class ByAmx {
   // Of a matrix whose features are a multiple of 32.
   void keep(const Part& part, Activation activation, float* tiles) const {
     for (size_t c = 0; c < part.width; c += SIDE) {
-      char* to = tile(tiles, (part.begin + c) / SIDE, part.one.N) + part.first * amx::ROW / 2;
-      for (size_t f = 0; f < part.rows; f += 2, to += amx::ROW) {
-        Vector two[2];
-        for (size_t i = 0; i < 2; i++) {
-          const float bias = part.one.bias ? part.one.bias[part.first + f + i] : 0.0f;
-          two[i] = finished(load<Vector>(part.out + (f + i) * part.width + c) + bias, activation);
-        }
-        amx::put_words(two[0], two[1], to);
-      }
+      put_columns(part, c, SIDE, activation, tile(tiles, (part.begin + c) / SIDE, part.one.N) + part.first / 2 * SIDE);
     }
   }
 
@@ -82,7 +75,7 @@ class ByAmx {
   static constexpr size_t BLOCK = 2 * SIDE;        // output features that a thread takes at a time, no more than MOST_ROWS
   static constexpr size_t ROOM = size_t(1) << 19;  // numbers of tokens that it takes with them
 
-  static char* tile(float* tiles, size_t i, size_t K) { return reinterpret_cast<char*>(tiles) + i * SIDE * K * 2; }
+  static float* tile(float* tiles, size_t i, size_t K) { return tiles + i * SIDE * K / 2; }
 
   const size_t tokens_, tiles_;
 };

@@ -179,8 +179,8 @@ extern "C" XLA_FFI_Error* jaxembed_totals(XLA_FFI_CallFrame* frame) {
 extern "C" void jaxembed_begin() { Crew::get().begin(); }
 extern "C" void jaxembed_end() { Crew::get().end(); }
 
-// Whether products in bfloat16 with inputs of so many features are the matrix unit's.
-extern "C" bool jaxembed_amx(int64_t features) { return for_amx(features); }
+// Whether in products with weights in bfloat16 inputs of so many features are rounded to that too.
+extern "C" bool jaxembed_in_pairs(int64_t features) { return in_pairs(features); }
 
 // Numbers in float32 that so many tokens need room for.
 extern "C" int64_t jaxembed_room(int64_t tokens, int64_t features) { return room_of(tokens, features); }

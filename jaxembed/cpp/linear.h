@@ -14,11 +14,10 @@
 
 namespace jaxembed {
 
-// Whether products in bfloat16 with inputs of so many features are the matrix unit's.
-inline bool for_amx([[maybe_unused]] size_t K) {
-#if defined(JAXEMBED_AMX)
-  // An executable from the cache was made by a process that had asked; this one has to as well.
-  return K % amx::STEP == 0 && amx::allowed();
+// Whether in products with weights in bfloat16 inputs of so many features are rounded to that too.
+inline bool in_pairs([[maybe_unused]] size_t K) {
+#if defined(JAXEMBED_PAIRS)
+  return K % STEP == 0;
 #else
   return false;
 #endif
@@ -64,7 +63,7 @@ void gated_feed_forward(const Way& way, const float* x, const Matrix& gate, Acti
   Matrix bare = up;
   bare.bias = nullptr;  // added before
   way.fill(x, down.N, room);
-  way.multiply(room, down.N, {gate}, [&](const Part& part) { stash(part, activation, gates); });
+  way.multiply(room, down.N, {gate}, [&](const Part& part) { stash<float>(part, activation, gates); });
   way.multiply(room, down.N, {up}, [&](const Part& part) {
     times_stashed(part, gates);
     way.keep(Part{bare, part.first, part.rows, part.begin, part.tokens, part.out, part.width}, NONE, inner);
@@ -76,8 +75,14 @@ void gated_feed_forward(const Way& way, const float* x, const Matrix& gate, Acti
 template <class Call>
 void with_way(size_t M, bool half, [[maybe_unused]] std::initializer_list<size_t> features, const Call& call) {
   if (!half) return call(ByVectors<float>(M));
+#if defined(JAXEMBED_PAIRS)
+  if (std::all_of(features.begin(), features.end(), in_pairs)) {
 #if defined(JAXEMBED_AMX)
-  if (std::all_of(features.begin(), features.end(), for_amx)) return call(ByAmx(M));
+    // An executable from the cache was made by a process that had asked; this one has to as well.
+    if (amx::allowed()) return call(ByAmx(M));
+#endif
+    return call(ByVectors<Pair>(M));
+  }
 #endif
   call(ByVectors<Half>(M));
 }

@@ -71,6 +71,7 @@ template <class Change> inline void each_number(const Part& part, const Change& 
 }
 
 // A part to that place in `all`, with bias and activation.
+template <class Number>
 inline void stash(const Part& part, Activation activation, float* all) {
   each_number(part, [&](const float* out, float bias, size_t place) {
     store(all + place, finished(load<Vector>(out) + bias, activation));

@@ -1,4 +1,4 @@
-// Numbers of a kernel, in float32 or bfloat16, as multiply-adds take them: in float32.
+// Numbers of a kernel, in float32 or bfloat16, as multiply-adds take them: in float32, or two in bfloat16 at a time.
 
 #pragma once
 
@@ -13,6 +13,11 @@ namespace jaxembed {
 // A number in bfloat16: the upper half of one in float32.
 struct Half {
   uint16_t bits;
+};
+
+// Two of them, of an even feature and the one behind it, where a processor multiplies and adds those of a word in float32.
+struct Pair {
+  uint32_t bits;
 };
 
 inline float widened(Half number) {
@@ -68,8 +73,17 @@ inline Vector spread(const Half* row, size_t k) {
   return value;
 }
 
+inline Vector spread(const Pair* row, size_t k) {
+  typedef uint32_t Words __attribute__((vector_size(LANES * sizeof(uint32_t))));
+  const Words words = row[k].bits - Words{};
+  Vector value;
+  std::memcpy(&value, &words, sizeof value);
+  return value;
+}
+
 // The same of row[0], with nothing behind it.
 inline Vector spread_last(const float* row) { return *row - Vector{}; }
 inline Vector spread_last(const Half* row) { return widened(*row) - Vector{}; }
+inline Vector spread_last(const Pair* row) { return spread(row, 0); }
 
 }  // namespace jaxembed

@@ -1,5 +1,5 @@
 // Products of some rows with a panel: some tokens, the panel's width, that lie beside each other for one feature after the
-// other, [features, width].
+// other, [features, width]. Where numbers are pairs, rows and panels have words of two features each.
 
 #pragma once
 
@@ -17,14 +17,14 @@
 namespace jaxembed {
 
 #if defined(__AVX512F__)  // 32 registers
-constexpr size_t TILE = 24;         // vectors of a tile, which stay in registers
-constexpr bool CALL_AHEAD = false;  // whether to call what comes next into the cache (docs/performance.md)
+constexpr size_t TILE = 24;  // vectors of a tile, which stay in registers
 #else  // 16 registers
 constexpr size_t TILE = 12;
-constexpr bool CALL_AHEAD = true;
 #endif
+constexpr size_t WAYS = 8;  // rows whose lines the first cache holds wherever they begin
 
 // A panel of `tokens` rows of x, `apart` numbers from one another; zeros behind the last one.
+template <class Number>
 inline void fill_panel(const float* x, size_t apart, size_t tokens, size_t features, float* panel, size_t width) {
   const size_t whole = features / 8 * 8;
   for (size_t t = 0; t < width; t += 8) {
@@ -44,9 +44,15 @@ inline void fill_panel(const float* x, size_t apart, size_t tokens, size_t featu
   }
 }
 
-// sum += a * b of registers. In words of C++ the compiler reads a panel's column anew for each row of a tile, and of reads a
-// core does fewer than of multiply-adds; or it moves sums from register to register.
-inline void multiply_add(Vector& sum, Vector a, Vector b) { asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
+// sum += a * b of registers, of pairs both products. In words of C++ the compiler reads a panel's column anew for each row of
+// a tile, and of reads a core does fewer than of multiply-adds; or it moves sums from register to register.
+template <class Number> inline void multiply_add(Vector& sum, Vector a, Vector b) {
+  if constexpr (std::is_same_v<Number, Pair>) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  } else {
+    asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  }
+}
 
 // Pointers to a tile's rows, one for three: a processor adds a distance once or twice as it reads, and has few registers.
 template <size_t R, class Number> struct Rows {
@@ -72,21 +78,22 @@ template <size_t N, class Call> ALWAYS_INLINE void unrolled(const Call& call) {
 }
 
 // sums[r, v] += spread(r) * b[v], where that is a vector of row r's number.
-template <size_t R, size_t C, class Spread> ALWAYS_INLINE void step(Vector (&sums)[R][C], const float* b, const Spread& spread) {
+template <class Number, size_t R, size_t C, class Spread>
+ALWAYS_INLINE void step(Vector (&sums)[R][C], const float* b, const Spread& spread) {
   // Kept in registers are the fewer of the two: vectors of b, or a number of each row.
   if constexpr (C <= R) {
     Vector columns[C];
     unrolled<C>([&](auto c) INLINED { columns[c] = load<Vector>(b + c * LANES); });
     unrolled<R>([&](auto r) INLINED {
       const Vector number = spread(r);
-      unrolled<C>([&](auto c) INLINED { multiply_add(sums[r][c], number, columns[c]); });
+      unrolled<C>([&](auto c) INLINED { multiply_add<Number>(sums[r][c], number, columns[c]); });
     });
   } else {
     Vector numbers[R];
     unrolled<R>([&](auto r) INLINED { numbers[r] = spread(r); });
     unrolled<C>([&](auto c) INLINED {
       const Vector column = load<Vector>(b + c * LANES);
-      unrolled<R>([&](auto r) INLINED { multiply_add(sums[r][c], numbers[r], column); });
+      unrolled<R>([&](auto r) INLINED { multiply_add<Number>(sums[r][c], numbers[r], column); });
     });
   }
 }
@@ -101,19 +108,19 @@ inline void tile(const Number* a, size_t a_apart, const float* b, size_t depth, 
   Rows<R, Number> rows(a, a_apart);
   size_t k = 0;
   for (; k + LINE <= depth; k += LINE) {
-    if (CALL_AHEAD && ahead != nullptr) {
+    if (ahead != nullptr) {
       unrolled<R>([&](auto r) INLINED { __builtin_prefetch(ahead + r * LINE); });
       ahead += R * LINE;
     }
 #pragma GCC unroll 16
     for (size_t i = 0; i < LINE; i++) {
-      step(sums, b + i * C * LANES, [&](size_t r) INLINED { return spread(rows.at(r), i); });
+      step<Number>(sums, b + i * C * LANES, [&](size_t r) INLINED { return spread(rows.at(r), i); });
     }
     rows.go_on(LINE);
     b += LINE * C * LANES;
   }
   for (; k < depth; k++) {
-    step(sums, b, [&](size_t r) INLINED { return spread_last(rows.at(r)); });
+    step<Number>(sums, b, [&](size_t r) INLINED { return spread_last(rows.at(r)); });
     rows.go_on(1);
     b += C * LANES;
   }
@@ -123,11 +130,11 @@ inline void tile(const Number* a, size_t a_apart, const float* b, size_t depth, 
 }
 
 // `tile` for any number of rows up to R.
-template <size_t R, size_t C>
-inline void tile_of(size_t rows, const float* a, size_t a_apart, const float* b, size_t depth, float* out, size_t out_apart) {
+template <size_t R, size_t C, class Number>
+inline void tile_of(size_t rows, const Number* a, size_t a_apart, const float* b, size_t depth, float* out, size_t out_apart) {
   if constexpr (R > 0) {
     if (rows == R) {
-      tile<R, C, float>(a, a_apart, b, depth, out, out_apart, nullptr);
+      tile<R, C, Number>(a, a_apart, b, depth, out, out_apart, nullptr);
     } else {
       tile_of<R - 1, C>(rows, a, a_apart, b, depth, out, out_apart);
     }
@@ -139,7 +146,7 @@ inline void tile_of(size_t rows, const float* a, size_t a_apart, const float* b,
 template <size_t C, class Number>
 inline void rows_times_panel(const Number* kernel, size_t rows, size_t depth, const float* panel, float* out,
                              const Number* then) {
-  constexpr size_t R = TILE / C, width = C * LANES;
+  constexpr size_t R = std::min(WAYS, TILE / C), width = C * LANES;
   for (size_t r = 0; r < rows;) {
     const size_t taken = r + R <= rows ? R : 1;
     const Number *a = kernel + r * depth, *next = r + taken < rows ? a + taken * depth : then;

@@ -79,14 +79,14 @@ def test_products(size: tuple[int, int], act: str | None) -> None:
 @pytest.mark.parametrize("size", [(1, 1), (5, 3), (32, 1), (64, 50), (100, 50), (384, 96), (768, 131), (1536, 49)])
 @pytest.mark.parametrize("act", [None, "gelu"])
 def test_products_in_bfloat16(size: tuple[int, int], act: str | None) -> None:
-    """The same, by vectors or by AMX; more tokens than one group too."""
+    """The same, in pairs or not; more tokens than one group too."""
     check_products(size, act, "bfloat16", (1, 7, 16, 17, 31, 33, 64, 100, 1500))
 
 
-def test_what_is_left_to_amx() -> None:
-    """Features in steps of 32, and only where there is that."""
-    assert not any(cpu_library.by_amx(depth) for depth in (1, 33, 400))
-    assert " amx_bf16 " in f"{cpu_library.host_cpu()} " or not cpu_library.by_amx(384)
+def test_what_is_multiplied_in_pairs() -> None:
+    """Features in steps of 32, where the CPU multiplies bfloat16."""
+    assert not any(cpu_library.in_pairs(depth) for depth in (1, 33, 400))
+    assert cpu_library.in_pairs(384) == (" avx512_bf16 " in f"{cpu_library.host_cpu()} ")
 
 
 def check_linear_norm(size: tuple[int, int], dtype: str) -> None:
@@ -248,7 +248,7 @@ ROWS = ([1], [8], [40, 1, 17], [0, 3, 0, 16, 0], [130, 2, 129], [15, 16, 17, 31,
 def test_attention(lengths: list[int], heads: int, kv_heads: int, width: int, flat: bool, dtype: str) -> None:
     """As the formula, for rows in lines of their own and one behind another; finite everywhere.
 
-    In bfloat16 the operands of many keys are rounded where there is AMX, nothing else is.
+    In bfloat16 the operands of many keys are rounded where the CPU multiplies that, nothing else is.
     """
     told, length = np.array(lengths, np.int32), max(lengths)
     if flat:
@@ -268,7 +268,7 @@ def test_attention(lengths: list[int], heads: int, kv_heads: int, width: int, fl
         for head in range(heads):
             key, value = (x[row, head // (heads // kv_heads)] for x in (k, v))
             query, tolerance = q[row, head], 2e-6
-            coarse = dtype == "bfloat16" and count > 32 and cpu_library.by_amx(width)
+            coarse = dtype == "bfloat16" and count > 32 and cpu_library.in_pairs(width)
             if coarse:
                 # A weight between two numbers may be either.
                 query, key, value, tolerance = *map(rounded, (query, key, value)), 2e-3

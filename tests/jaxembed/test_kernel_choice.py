@@ -33,7 +33,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(cpu_library, "compiler", lambda _: Path(__file__))
     monkeypatch.setattr(cpu_library, "build", note("build", b"library"))
     monkeypatch.setattr(cpu_library, "load", note("load", None))
-    monkeypatch.setattr(cpu_library, "by_amx", lambda _: False)
+    monkeypatch.setattr(cpu_library, "in_pairs", lambda _: False)
     monkeypatch.setattr(kernel_choice, "right", note("try", True))
     monkeypatch.setattr(kernel_choice, "worth", note("time", TOKENS))
     return done
@@ -68,7 +68,7 @@ def test_each_dtype_for_itself(built: list[str], cache: Path, monkeypatch: pytes
 
     monkeypatch.setattr(kernel_choice, "right", right)
     monkeypatch.setattr(kernel_choice, "worth", {"float32": 16, "bfloat16": 64}.get)
-    monkeypatch.setattr(cpu_library, "by_amx", lambda _: True)
+    monkeypatch.setattr(cpu_library, "in_pairs", lambda _: True)
     assert tokens(dtype="bfloat16") == 64
     assert built == ["build", "load", "bfloat16"]
     assert tokens() == 0
@@ -79,12 +79,12 @@ def test_each_dtype_for_itself(built: list[str], cache: Path, monkeypatch: pytes
     assert built == ["load"]
 
 
-@pytest.mark.parametrize(("amx", "worth", "used"), [(False, 128, 0), (False, TOKENS, TOKENS), (True, 128, 128)])
+@pytest.mark.parametrize(("rounded", "worth", "used"), [(False, 128, 0), (False, TOKENS, TOKENS), (True, 128, 128)])
 def test_all_batches_or_none_where_operands_are_rounded_otherwise(
-    amx: bool, worth: int, used: int, built: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch
+    rounded: bool, worth: int, used: int, built: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In bfloat16 without AMX a text has one vector in batches of all sizes; in float32 any number will do."""
-    monkeypatch.setattr(cpu_library, "by_amx", lambda _: amx)
+    """In bfloat16 with inputs that are not rounded a text has one vector in batches of all sizes; in float32 any number will do."""
+    monkeypatch.setattr(cpu_library, "in_pairs", lambda _: rounded)
     monkeypatch.setattr(kernel_choice, "worth", lambda _: worth)
     assert tokens(dtype="bfloat16") == used
     assert tokens() == worth
