@@ -129,7 +129,7 @@ def lanes() -> int:
 def in_pairs(depth: int) -> bool:
     """Whether products in bfloat16 with so many input features take them two at a time, rounded to bfloat16 as well.
 
-    So they do with a multiple of 32, if the CPU multiplies bfloat16 (AVX512_BF16, or AMX); else inputs are multiplied in
+    So they do with a multiple of 32, if the CPU multiplies bfloat16 (AVX512_BF16 or AMX); else inputs are multiplied in
     float32.
 
     Raises:
