@@ -83,7 +83,7 @@ def test_each_dtype_for_itself(built: list[str], cache: Path, monkeypatch: pytes
 def test_all_batches_or_none_where_operands_are_rounded_otherwise(
     rounded: bool, worth: int, used: int, built: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In bfloat16, where inputs are not rounded, a text has one vector in all batches; in float32 any number will do."""
+    """In bfloat16, where inputs are not rounded, a text has one vector in all batches; in float32 any number does."""
     monkeypatch.setattr(cpu_library, "in_pairs", lambda _: rounded)
     monkeypatch.setattr(kernel_choice, "worth", lambda _: worth)
     assert tokens(dtype="bfloat16") == used
