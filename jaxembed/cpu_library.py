@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).parent / "cpp" / "calls.cpp"
 FLAGS = (
     *("-std=c++17", "-O2", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
-    *("-fPIC", "-shared", "-pthread"),
+    *("-fPIC", "-shared", "-pthread", "-Wl,-Bsymbolic"),
 )
 FUNCTIONS = (
     ("jaxembed_lanes", ctypes.c_int64, 0),

@@ -50,12 +50,12 @@ struct Part {
 // Numbers as `cpu_kernels.ACTIVATIONS` has them.
 enum Activation : int32_t { NONE = 0, GELU = 1, GELU_BY_TANH = 2, SILU = 3, RELU = 4 };
 
-inline Vector finished(Vector x, Activation activation) {
+template <class V> inline V finished(V x, Activation activation) {
   switch (activation) {
     case GELU: return gelu(x);
     case GELU_BY_TANH: return gelu_by_tanh(x);
     case SILU: return silu(x);
-    case RELU: return x < Vector{} ? Vector{} : x;
+    case RELU: return x < V{} ? V{} : x;
     default: return x;
   }
 }
@@ -87,23 +87,25 @@ inline void times_stashed(const Part& part, const float* all) {
 
 // A part to y, with bias and activation.
 inline void put(const Part& part, Activation activation) {
-  const size_t N = part.one.N, whole = part.rows / LANES * LANES, rest = part.rows - whole;
-  const float* bias = part.one.bias ? part.one.bias + part.first : nullptr;
-  Vector last{};
-  if (bias != nullptr) std::memcpy(&last, bias + whole, rest * sizeof(float));
-  alignas(64) float turned[8 * MOST_ROWS];
-  for (size_t t = 0; t < part.tokens; t += 8) {
-    for (size_t f = 0; f < part.rows; f += 8) turn(part.out + f * part.width + t, part.width, turned + f, MOST_ROWS);
-    for (size_t i = 0; i < std::min<size_t>(8, part.tokens - t); i++) {
-      const float* from = turned + i * MOST_ROWS;
-      float* to = part.one.y + (part.begin + t + i) * N + part.first;
-      for (size_t f = 0; f < whole; f += LANES) {
-        Vector more = bias != nullptr ? load<Vector>(bias + f) : Vector{};
-        store(to + f, finished(load<Vector>(from + f) + more, activation));
+  const size_t N = part.one.N;
+  float* y = part.one.y + part.begin * N + part.first;
+  for (size_t f = 0; f < part.rows; f += 8) {
+    const size_t features = std::min<size_t>(8, part.rows - f);
+    Eight bias{};
+    if (part.one.bias) std::memcpy(&bias, part.one.bias + part.first + f, features * sizeof(float));
+    for (size_t t = 0; t < part.tokens; t += 8) {
+      const size_t tokens = std::min<size_t>(8, part.tokens - t);
+      Eight turned[8];
+      turn(part.out + f * part.width + t, part.width, turned);
+      for (Eight& one : turned) one += bias;
+      if (activation != NONE) {
+        for (Eight& one : turned) one = finished(one, activation);
       }
-      if (rest > 0) {
-        Vector value = finished(load<Vector>(from + whole) + last, activation);
-        std::memcpy(to + whole, &value, rest * sizeof(float));
+      float* to = y + t * N + f;
+      if (features == 8 && tokens == 8) {
+        for (size_t i = 0; i < 8; i++) store(to + i * N, turned[i]);
+      } else {
+        for (size_t i = 0; i < tokens; i++) std::memcpy(to + i * N, &turned[i], features * sizeof(float));
       }
     }
   }

@@ -27,10 +27,10 @@ template <class V> inline V load(const float* from) {
 }
 template <class V> inline void store(float* to, V value) { std::memcpy(to, &value, sizeof value); }
 
-// to[j, i] = from[i, j] for 8 x 8 numbers, 0 for rows from `rows` on; `apart` is the distance of rows.
-inline void turn(const float* from, size_t from_apart, float* to, size_t to_apart, size_t rows = 8) {
+// to[j][i] = from[i, j] for 8 x 8 numbers, 0 for rows from `rows` on; `apart` is the distance of rows.
+inline void turn(const float* from, size_t apart, Eight (&to)[8], size_t rows = 8) {
   Eight a[8], b[8];
-  for (size_t i = 0; i < 8; i++) a[i] = i < rows ? load<Eight>(from + i * from_apart) : Eight{};
+  for (size_t i = 0; i < 8; i++) a[i] = i < rows ? load<Eight>(from + i * apart) : Eight{};
   for (size_t i = 0; i < 8; i += 2) {
     b[i] = __builtin_shufflevector(a[i], a[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
     b[i + 1] = __builtin_shufflevector(a[i], a[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
@@ -42,9 +42,16 @@ inline void turn(const float* from, size_t from_apart, float* to, size_t to_apar
     a[i + 3] = __builtin_shufflevector(b[i + 1], b[i + 3], 2, 3, 10, 11, 6, 7, 14, 15);
   }
   for (size_t i = 0; i < 4; i++) {
-    store(to + i * to_apart, __builtin_shufflevector(a[i], a[i + 4], 0, 1, 2, 3, 8, 9, 10, 11));
-    store(to + (i + 4) * to_apart, __builtin_shufflevector(a[i], a[i + 4], 4, 5, 6, 7, 12, 13, 14, 15));
+    to[i] = __builtin_shufflevector(a[i], a[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    to[i + 4] = __builtin_shufflevector(a[i], a[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
   }
+}
+
+// The same into memory.
+inline void turn(const float* from, size_t from_apart, float* to, size_t to_apart, size_t rows = 8) {
+  Eight turned[8];
+  turn(from, from_apart, turned, rows);
+  for (size_t i = 0; i < 8; i++) store(to + i * to_apart, turned[i]);
 }
 
 // x * Phi(x). erf is the quotient of polynomials that XLA computes it by, 1 from 3.83 on.
