@@ -40,7 +40,7 @@ def attention(
 
     Without bias and under `right_padded`, by a kernel that never writes all scores, if there is one that takes it: on a
     GPU cuDNN's, in bfloat16, for rows of `FUSED_LENGTH` tokens and more, without a window to both sides; on TPU
-    `row_attention`; on one CPU, without places that hide a key, that of `cpu_kernels`, which takes rows as they lie.
+    `row_attention`; on one CPU that of `cpu_kernels`, which takes rows as they lie.
     Otherwise by `plain_attention`; where there is a window that is short beside the row, of blocks of queries with the
     keys around them.
 
@@ -66,11 +66,10 @@ def attention(
         # Every key is near.
         window = None
     kernels = available()
-    hidden = bias is not None or causal or window is not None
-    if kernels is not None and kernels.cpu_tokens and not hidden and cpu_attention_takes(width):
+    if kernels is not None and kernels.cpu_tokens and bias is None and cpu_attention_takes(width):
         told = (rows.starts, rows.lengths, jnp.sum(rows.mask, axis=1, dtype=jnp.int32))
-        there = tokens_there(query)
-        return cpu_kernels.attention(query, key, value, *told, head_dim=width, scale=scale, dtype=dtype, tokens=there)
+        seen: dict[str, Any] = {"causal": causal, "window": window, "tokens": tokens_there(query)}
+        return cpu_kernels.attention(query, key, value, *told, head_dim=width, scale=scale, dtype=dtype, **seen)
     query, key, value = (rows.apart(x) for x in (query, key, value))
     plain = partial(plain_attention, heads=heads, dtype=dtype, scale=scale)
     if bias is None and window is not None and in_blocks_pays(length, causal, window):

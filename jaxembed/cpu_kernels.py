@@ -48,6 +48,9 @@ ACTIVATIONS: Mapping[str | None, int] = {
 Product = tuple[Float[Array, "N K"], Float[Array, " N"] | None]
 """A kernel and its bias."""
 
+EVERYTHING = np.iinfo(np.int32).max
+"""A window that hides nothing."""
+
 Count = Int[Array, ""] | None
 """How many tokens there are, the first ones; None: all."""
 
@@ -76,7 +79,7 @@ def embed(lookups: Sequence[LookUp], norm: Norm, *, tokens: Count = None) -> Flo
 
 def products(
     x: Float[Array, "L M K"],
-    matrices: Sequence[Product],
+    matrices: Sequence[tuple[Float[Array, "_ K"], Float[Array, " _"] | None]],
     activation: str | None = None,
     *,
     tokens: Count = None,
@@ -190,9 +193,11 @@ def attention(
     head_dim: int,
     scale: float,
     dtype: jnp.dtype,
+    causal: bool = False,
+    window: int | None = None,
     tokens: Count = None,
 ) -> Float[Array, "L M ND"]:
-    """softmax(Q K^T * scale) V of rows in lines; zeros where there is no row, or a row without keys.
+    """softmax(Q K^T * scale) V of rows in lines; zeros where there is no row, or a query sees no key.
 
     Args:
         query, key, value: heads side by side in the last axis, float32.
@@ -203,10 +208,18 @@ def attention(
         scale: of the scores.
         dtype: "bfloat16" lets operands of the products be rounded to that, as they are for many keys where the CPU
             multiplies that.
+        causal, window: as of `attention.attention`.
     """
     call = jax.ffi.ffi_call(Target.ATTENTION, written(query.shape))
-    options = {"half": np.int32(dtype == jnp.bfloat16), "head_dim": np.int32(head_dim), "scale": np.float32(scale)}
-    mixed: jax.Array = call(query, key, value, starts, counts, seen, counted(query, tokens), **options)
+    radius = EVERYTHING if window is None else min(window, EVERYTHING)
+    mixed: jax.Array = call(
+        *(query, key, value, starts, counts, seen, counted(query, tokens)),
+        before=np.int32(radius),
+        behind=np.int32(0 if causal else radius),
+        half=np.int32(dtype == jnp.bfloat16),
+        head_dim=np.int32(head_dim),
+        scale=np.float32(scale),
+    )
     return mixed
 
 

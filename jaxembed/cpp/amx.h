@@ -57,21 +57,22 @@ template <size_t Sum, size_t A, size_t B> inline void multiply_add() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sum), "i"(A), "i"(B));
 }
 
-// out [16 R, 16 C] = 16 R rows of a kernel [_, depth] in bfloat16 times C panels of 16 tokens' words.
+// out [16 R, 16 C] = 16 R rows of a kernel [_, depth] in bfloat16 times C panels of 16 tokens' words, `panels_apart` of these from
+// one another.
 template <size_t R, size_t C>
-inline void multiply(const void* kernel, const float* words, size_t depth, float* out, size_t out_apart) {
+inline void multiply(const void* kernel, const float* words, size_t depth, size_t panels_apart, float* out, size_t out_apart) {
   const char *rows = static_cast<const char*>(kernel), *tokens = reinterpret_cast<const char*>(words);
   zero<0>();
   if constexpr (C > 1) zero<1>();
   if constexpr (R > 1) zero<2>();
   if constexpr (R > 1 && C > 1) zero<3>();
-  const size_t apart = 2 * depth, all = depth / STEP * SIZE;
+  const size_t apart = 2 * depth, next = panels_apart * sizeof(float);
   for (size_t k = 0; k < depth; k += STEP, rows += ROW, tokens += SIZE) {
     read<4>(rows, apart);
     read<6>(tokens, ROW);
     multiply_add<0, 4, 6>();
     if constexpr (C > 1) {
-      read<7>(tokens + all, ROW);
+      read<7>(tokens + next, ROW);
       multiply_add<1, 4, 7>();
     }
     if constexpr (R > 1) {

@@ -22,11 +22,31 @@ constexpr size_t PAIR = 2 * LANES;  // tokens, or features, that attention takes
 struct Heads {
   size_t query, key, width;  // heads of queries, of keys and values; features of each, a multiple of PAIR
   float scale;
+  size_t before, behind;  // keys that a query sees on either side of its own place
 };
 
-// scores[n] to e^(scale * (score - their maximum)), and next to nothing behind them up to `room`; their sum.
-inline float soften(float* scores, size_t n, size_t room, float scale) {
-  for (size_t i = n; i < room; i++) scores[i] = -1e30f;
+// Some keys of a row: from one place to another.
+struct Keys {
+  size_t begin, end;
+  size_t count() const { return end - std::min(begin, end); }
+};
+
+// Those that the queries of a row from one place to the last one of `count` see, of as many as are seen at all; any begin at
+// a multiple of `step`.
+inline Keys keys_of(size_t first, size_t count, size_t seen, const Heads& heads, size_t step = 1) {
+  const size_t begin = (first - std::min(first, heads.before)) / step * step;
+  return {begin, std::min(seen, first + count + std::min(seen, heads.behind))};
+}
+
+// scores[room] to e^(scale * (score - their maximum)) for these keys, and next to nothing for the others; their sum. Zeros, and
+// 1, for no keys.
+inline float soften(float* scores, Keys keys, size_t room, float scale) {
+  if (keys.count() == 0) {
+    std::memset(scores, 0, room * sizeof(float));
+    return 1.0f;
+  }
+  for (size_t i = 0; i < keys.begin; i++) scores[i] = -1e30f;
+  for (size_t i = keys.end; i < room; i++) scores[i] = -1e30f;
   Eight best = load<Eight>(scores), total{};
   for (size_t i = 8; i < room; i += 8) {
     Eight more = load<Eight>(scores + i);
@@ -41,6 +61,13 @@ inline float soften(float* scores, size_t n, size_t room, float scale) {
   }
   for (size_t i = 0; i < 8; i++) sum += total[i];
   return sum;
+}
+
+// `soften` for a query's scores of the keys `near` it and its neighbours, in steps.
+inline float soften_row(float* scores, size_t place, Keys near, size_t step, size_t seen, const Heads& heads) {
+  const Keys own = keys_of(place, 1, seen, heads);
+  const Keys within{own.begin - near.begin, own.end - std::min(own.end, near.begin)};
+  return soften(scores, within, (near.count() + step - 1) / step * step, heads.scale);
 }
 
 // One head of one row: queries [count, width] see keys and values [seen, width], all `apart` numbers from one another.
@@ -66,15 +93,17 @@ inline void head(const float* query, const float* key, const float* value, float
   }
   for (size_t first = 0; first < count; first += ROWS) {
     const size_t rows = std::min(ROWS, count - first);
-    for (size_t p = 0; p < panels; p++) {
-      const float* keys_of = keys + p * KEYS * width;
-      tile_of<ROWS, C>(rows, query + first * query_apart, query_apart, keys_of, width, scores + p * KEYS, room);
+    const Keys near = keys_of(first, rows, seen, heads, KEYS);
+    for (size_t k = near.begin; k < near.end; k += KEYS) {
+      float* to = scores + k - near.begin;
+      tile_of<ROWS, C>(rows, query + first * query_apart, query_apart, keys + k * width, width, to, room);
     }
     float sums[ROWS];
-    for (size_t r = 0; r < rows; r++) sums[r] = soften(scores + r * room, seen, room, heads.scale);
+    for (size_t r = 0; r < rows; r++) sums[r] = soften_row(scores + r * room, first + r, near, KEYS, seen, heads);
     float* to = out + first * query_apart;
     for (size_t f = 0; f < width; f += PAIR) {
-      tile_of<ROWS, 2>(rows, scores, room, values + f * room, seen, to + f, query_apart);
+      const float* values_of = values + f * room + near.begin * PAIR;
+      tile_of<ROWS, 2>(rows, scores, room, values_of, near.count(), to + f, query_apart);
     }
     for (size_t r = 0; r < rows; r++) {
       for (size_t f = 0; f < width; f += LANES) {
@@ -88,10 +117,11 @@ inline void head(const float* query, const float* key, const float* value, float
 
 constexpr size_t FEW_KEYS = 32;  // more are worth it to make pairs of them
 
-// Up to ROWS rows of words, [rows, depth], times STEP columns, which lie in panels of PANEL, by vectors.
+// Up to ROWS rows of words, [rows, depth], times STEP columns, which lie in panels of PANEL, `apart` words from one another; by
+// vectors.
 struct PairsByVectors {
   static constexpr size_t ROWS = TILE / 2, PANEL = STEP;
-  void times(size_t rows, const float* words, size_t depth, const float* panels, float* out, size_t out_apart) const {
+  void times(size_t rows, const float* words, size_t depth, const float* panels, size_t, float* out, size_t out_apart) const {
     tile_of<ROWS, 2>(rows, reinterpret_cast<const Pair*>(words), depth, panels, depth, out, out_apart);
   }
 };
@@ -101,8 +131,9 @@ struct PairsByVectors {
 // The same by the matrix unit, which takes 16 or 32 rows of words and of the result, whatever stands in them.
 struct PairsByAmx {
   static constexpr size_t ROWS = 2 * amx::SIDE, PANEL = amx::SIDE;
-  void times(size_t rows, const float* words, size_t depth, const float* panels, float* out, size_t out_apart) const {
-    (rows > amx::SIDE ? amx::multiply<2, 2> : amx::multiply<1, 2>)(words, panels, 2 * depth, out, out_apart);
+  void times(size_t rows, const float* words, size_t depth, const float* panels, size_t apart, float* out,
+             size_t out_apart) const {
+    (rows > amx::SIDE ? amx::multiply<2, 2> : amx::multiply<1, 2>)(words, panels, 2 * depth, apart, out, out_apart);
   }
   const amx::Tiles configured;
 };
@@ -139,15 +170,21 @@ inline void head_in_pairs(const float* query, const float* key, const float* val
       const float* from = query + (first + r) * query_apart;
       for (size_t f = 0; f < width; f += STEP) put_row(from + f, queries + (r * width + f) / 2);
     }
-    for (size_t s = 0; s < room; s += STEP) unit.times(rows, queries, width / 2, keys + s * width / 2, scores + s, room);
+    const Keys near = keys_of(first, rows, seen, heads, STEP);
+    const size_t depth = (near.count() + STEP - 1) / STEP * STEP;
+    for (size_t s = 0; s < depth; s += STEP) {
+      const float* panels = keys + (near.begin + s) * width / 2;
+      unit.times(rows, queries, width / 2, panels, PANEL * width / 2, scores + s, room);
+    }
     float sums[ROWS];
     for (size_t r = 0; r < rows; r++) {
-      sums[r] = soften(scores + r * room, seen, room, heads.scale);
-      for (size_t s = 0; s < room; s += STEP) put_row(scores + r * room + s, weights + (r * room + s) / 2);
+      sums[r] = soften_row(scores + r * room, first + r, near, STEP, seen, heads);
+      for (size_t s = 0; s < depth; s += STEP) put_row(scores + r * room + s, weights + (r * depth + s) / 2);
     }
     for (size_t f = 0; f < width; f += STEP) {
       alignas(64) float mixed[ROWS * STEP];
-      unit.times(rows, weights, room / 2, values + f * room / 2, mixed, STEP);
+      const float* panels = values + f * room / 2 + near.begin / 2 * PANEL;
+      unit.times(rows, weights, depth / 2, panels, PANEL * room / 2, mixed, STEP);
       for (size_t r = 0; r < rows; r++) {
         float* to = out + (first + r) * query_apart + f;
         for (size_t i = 0; i < STEP; i += LANES) store(to + i, load<Vector>(mixed + r * STEP + i) / sums[r]);

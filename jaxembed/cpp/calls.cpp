@@ -128,15 +128,16 @@ extern "C" XLA_FFI_Error* jaxembed_gated_feed_forward(XLA_FFI_CallFrame* frame) 
 }
 
 // Queries [..., N H], keys and values [..., K H], starts, counts and seen [B], the count of tokens [1] -> [..., N H].
-// Attributes: half, whether operands may be rounded to bfloat16; head_dim, scale.
+// Attributes: before, behind, how many keys a query sees on either side of its place; half, whether operands may be rounded to
+// bfloat16; head_dim, scale.
 extern "C" XLA_FFI_Error* jaxembed_attention(XLA_FFI_CallFrame* frame) {
   if (asked(frame)) return nullptr;
   const XLA_FFI_Buffer &query = argument(frame, 0), &key = argument(frame, 1), &starts = argument(frame, 3);
-  const size_t width = attribute<int32_t>(frame, 1);
-  const Heads heads{width_of(query) / width, width_of(key) / width, width, attribute<float>(frame, 2)};
+  const size_t width = attribute<int32_t>(frame, 3), before = attribute<int32_t>(frame, 0), behind = attribute<int32_t>(frame, 1);
+  const Heads heads{width_of(query) / width, width_of(key) / width, width, attribute<float>(frame, 4), before, behind};
   auto numbers = [&](int64_t i) { return static_cast<const int32_t*>(argument(frame, i).data); };
   attention(floats(query), floats(key), floats(argument(frame, 2)), numbers(3), numbers(4), numbers(5), starts.dims[0],
-            tokens_of(frame, 6), heads, attribute<int32_t>(frame, 0) != 0, result(frame, 0));
+            tokens_of(frame, 6), heads, attribute<int32_t>(frame, 2) != 0, result(frame, 0));
   return nullptr;
 }
 

@@ -14,14 +14,24 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 import pytest
-from parity import check_parity, randomise, tiny_bert
+from parity import TINY, check_parity, randomise, tiny_bert
 from scipy.special import erf
-from transformers import DistilBertConfig, DistilBertModel, MPNetConfig, MPNetModel
+from transformers import (
+    DistilBertConfig,
+    DistilBertModel,
+    ModernBertConfig,
+    ModernBertModel,
+    MPNetConfig,
+    MPNetModel,
+    Qwen3Config,
+    Qwen3Model,
+)
 
 from jaxembed import Bucket, Embedder, Ladder, cpu_kernels, cpu_library, kernel_choice, make_mesh
 from jaxembed.kernel_choice import kernels_on
 from jaxembed.kernels import Kernels, right_padded
 from jaxembed.layers import FLOAT32, LayerNorm, Linear, activation, feed_forward, linears
+from jaxembed.plain_attention import places
 from jaxembed.tokens import Rows
 
 Record = Callable[[str, object], None]
@@ -246,11 +256,27 @@ ROWS = ([1], [8], [40, 1, 17], [0, 3, 0, 16, 0], [130, 2, 129], [15, 16, 17, 31,
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_attention(lengths: list[int], heads: int, kv_heads: int, width: int, flat: bool, dtype: str) -> None:
-    """As the formula, for rows in lines of their own and one behind another; finite everywhere.
+    """As the formula, for rows in lines of their own and one behind another; finite everywhere."""
+    check_attention(lengths, (heads, kv_heads, width), flat, dtype)
+
+
+@pytest.mark.parametrize("lengths", [[1], [40, 1, 17], [130, 2, 129], [15, 16, 17, 31, 32, 33], [700]])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [None, 0, 5, 16, 64, 200])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention_to_some_places(lengths: list[int], causal: bool, window: int | None, dtype: str) -> None:
+    """The same where a query sees no key behind it, or none that is far away."""
+    check_attention(lengths, (2, 1, HEAD), True, dtype, causal=causal, window=window)
+
+
+def check_attention(lengths: list[int], sizes: tuple[int, int, int], flat: bool, dtype: str, **hidden: Any) -> None:
+    """Attention of rows, of which the last third may be no keys where a window hides what is far away.
 
     In bfloat16 the operands of many keys are rounded where the CPU multiplies that, nothing else is.
     """
+    heads, kv_heads, width = sizes
     told, length = np.array(lengths, np.int32), max(lengths)
+    keys = told - told // 3 if hidden.get("window") else told
     if flat:
         # Some room behind the last row.
         rows = Rows.in_line(jnp.asarray(told), jnp.asarray(told), tokens=int(told.sum()) + 5, length=length)
@@ -258,23 +284,25 @@ def test_attention(lengths: list[int], heads: int, kv_heads: int, width: int, fl
     else:
         rows, shape = Rows(jnp.arange(length)[None] < told[:, None]), (len(told), length)
     q, (k, v) = normal(*shape, heads * width), normal(2, *shape, kv_heads * width, seed=1)
-    options = {"head_dim": width, "scale": width**-0.5, "dtype": jnp.dtype(dtype)}
-    mixed = jax.jit(lambda *y: cpu_kernels.attention(*y, rows.starts, rows.lengths, jnp.asarray(told), **options))
+    options = {"head_dim": width, "scale": width**-0.5, "dtype": jnp.dtype(dtype), **hidden}
+    mixed = jax.jit(lambda *y: cpu_kernels.attention(*y, rows.starts, rows.lengths, jnp.asarray(keys), **options))
     got = np.asarray(mixed(q, k, v))
     assert np.isfinite(got).all()
     q, k, v, got = (x.reshape(-1, x.shape[-1] // width, width).astype(np.float64) for x in (q, k, v, got))
-    for start, count in zip(np.asarray(rows.starts), told, strict=True):
-        row = slice(start, start + count)
+    for start, count, seen in zip(np.asarray(rows.starts), told, keys, strict=True):
+        row, those = slice(start, start + count), slice(start, start + seen)
+        near = places(int(count), int(seen), hidden.get("causal", False), hidden.get("window"))
         for head in range(heads):
-            key, value = (x[row, head // (heads // kv_heads)] for x in (k, v))
+            key, value = (x[those, head // (heads // kv_heads)] for x in (k, v))
             query, tolerance = q[row, head], 2e-6
-            coarse = dtype == "bfloat16" and count > 32 and cpu_library.in_pairs(width)
+            coarse = dtype == "bfloat16" and seen > 32 and cpu_library.in_pairs(width)
             if coarse:
                 # A weight between two numbers may be either.
                 query, key, value, tolerance = *map(rounded, (query, key, value)), 2e-3
-            scores = query @ key.T * width**-0.5
-            weights = np.exp(scores - scores.max(axis=1, initial=0.0, keepdims=True))
-            mean = (rounded(weights) if coarse else weights) @ value / weights.sum(axis=1, keepdims=True)
+            scores = np.where(True if near is None else near, query @ key.T * width**-0.5, -np.inf)
+            weights = np.exp(scores - np.maximum(scores.max(axis=1, initial=-np.inf, keepdims=True), -1e30))
+            sums = weights.sum(axis=1, keepdims=True)
+            mean = (rounded(weights) if coarse else weights) @ value / np.where(sums > 0, sums, 1)
             np.testing.assert_allclose(got[row, head], mean, atol=tolerance)
 
 
@@ -357,11 +385,18 @@ def test_layers_of_two_dtypes() -> None:
     assert "@jaxembed_linear(" not in both
 
 
+OF_HEADS = TINY | {"hidden_size": 2 * HEAD, "num_attention_heads": 2, "max_position_embeddings": 140}
 MODELS: dict[str, Callable[[], Any]] = {
     "bert": lambda: tiny_bert(hidden_size=2 * HEAD, num_attention_heads=2, max_position_embeddings=140),
     "bert, an activation that is not theirs": lambda: tiny_bert(hidden_size=HEAD, hidden_act="tanh"),
     "distilbert": lambda: randomise(
         DistilBertModel(DistilBertConfig(vocab_size=99, dim=64, n_heads=2, n_layers=2, hidden_dim=100)), 0
+    ),
+    "modernbert, with a window": lambda: randomise(
+        ModernBertModel(ModernBertConfig(**OF_HEADS, pad_token_id=0, local_attention=8)), 0
+    ),
+    "qwen3, which is causal": lambda: randomise(
+        Qwen3Model(Qwen3Config(**OF_HEADS, num_key_value_heads=1, head_dim=HEAD)), 0
     ),
     "mpnet, whose attention has a bias": lambda: randomise(
         MPNetModel(
