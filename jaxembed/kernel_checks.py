@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from jaxembed import cpu_kernels, cpu_library
 from jaxembed.layers import activation, layer_norm
+from jaxembed.plain_attention import places
 
 __all__ = ["right"]
 
@@ -87,7 +88,7 @@ def wrong_in_norms(dtype: str) -> list[float]:
 
 
 def wrong_in_attention(dtype: str) -> list[float]:
-    """The same of each row of an `attention`."""
+    """The same of each row of an `attention`, to all places and to some."""
     head = 2 * cpu_library.lanes()
     counts = np.array([1, 40, 17], np.int32)
     starts = np.array([0, 1, 41], np.int32)
@@ -96,14 +97,22 @@ def wrong_in_attention(dtype: str) -> list[float]:
     if dtype == "bfloat16":
         # Scores are whole numbers and weights are powers of two, which rounding leaves as they are.
         q, k, v, scale = np.sign(q), np.sign(k), v.astype(dtype).astype(np.float32), float(np.log(2.0))
-    attention = jax.jit(lambda *y: cpu_kernels.attention(*y, head_dim=head, scale=scale, dtype=jnp.dtype(dtype)))
-    mixed = np.asarray(attention(q, k, v, starts, counts, counts))[0]
+    kinds: list[tuple[bool, int | None]] = [(False, None), (True, None), (False, 5)]
+
+    def attention(*given: jax.Array) -> list[jax.Array]:
+        options: dict[str, Any] = {"head_dim": head, "scale": scale, "dtype": jnp.dtype(dtype)}
+        return [cpu_kernels.attention(*given, causal=causal, window=window, **options) for causal, window in kinds]
+
     errors = []
-    for start, count in zip(starts, counts, strict=True):
-        row = slice(start, start + count)
-        weights = np.exp(q[0, row].astype(np.float64) @ k[0, row].T * scale)
-        wanted = weights @ v[0, row] / weights.sum(axis=1, keepdims=True)
-        errors.append(float(np.abs(mixed[row] - wanted).max()))
+    for (causal, window), mixed in zip(kinds, jax.jit(attention)(q, k, v, starts, counts, counts), strict=True):
+        for start, count in zip(starts, counts, strict=True):
+            row = slice(start, start + count)
+            near = places(int(count), int(count), causal, window)
+            weights = np.exp(q[0, row].astype(np.float64) @ k[0, row].T * scale) * (
+                1.0 if near is None else np.asarray(near)
+            )
+            wanted = weights @ v[0, row] / weights.sum(axis=1, keepdims=True)
+            errors.append(float(np.abs(np.asarray(mixed)[0, row] - wanted).max()))
     return errors
 
 

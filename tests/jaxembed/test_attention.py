@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal
 
 from jaxembed import make_mesh, plain_attention
 from jaxembed.attention import FUSED_LENGTH, attention, fused_attention
@@ -19,11 +20,6 @@ from jaxembed.tokens import Rows
 
 FLOAT32 = jnp.dtype("float32")
 BFLOAT16 = jnp.dtype("bfloat16")
-
-
-def normal(*shape: int, seed: int = 0) -> np.ndarray:
-    """Standard normal, float32."""
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def reference_attention(

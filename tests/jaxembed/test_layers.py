@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from arrays import normal
 from flax import nnx
 from transformers.activations import ACT2FN
 
@@ -24,11 +25,6 @@ from jaxembed.layers import (
 
 FLOAT32 = jnp.dtype("float32")
 BFLOAT16 = jnp.dtype("bfloat16")
-
-
-def normal(*shape: int, seed: int = 0) -> np.ndarray:
-    """Standard normal, float32."""
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
