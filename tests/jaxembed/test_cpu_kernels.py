@@ -17,12 +17,12 @@ from parity import TINY, check_parity, randomise, tiny_bert
 from transformers import (
     DistilBertConfig,
     DistilBertModel,
+    MistralConfig,
+    MistralModel,
     ModernBertConfig,
     ModernBertModel,
     MPNetConfig,
     MPNetModel,
-    Qwen3Config,
-    Qwen3Model,
 )
 
 from jaxembed import Bucket, Embedder, Ladder, cpu_kernels, cpu_library, kernel_choice, make_mesh
@@ -123,8 +123,8 @@ MODELS: dict[str, Callable[[], Any]] = {
     "modernbert, with a window": lambda: randomise(
         ModernBertModel(ModernBertConfig(**OF_HEADS, pad_token_id=0, local_attention=8)), 0
     ),
-    "qwen3, which is causal": lambda: randomise(
-        Qwen3Model(Qwen3Config(**OF_HEADS, num_key_value_heads=1, head_dim=HEAD)), 0
+    "mistral, causal with a window": lambda: randomise(
+        MistralModel(MistralConfig(**OF_HEADS, num_key_value_heads=1, head_dim=HEAD, sliding_window=8)), 0
     ),
     "mpnet, whose attention has a bias": lambda: randomise(
         MPNetModel(
