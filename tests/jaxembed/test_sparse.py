@@ -86,7 +86,8 @@ def test_parity(
     theirs.save(str(tmp_path), create_model_card=False)
     ours = load(tmp_path)
     assert ours.max_length == theirs.max_seq_length
-    record_property("max abs diff", f"{compare(ours, theirs):.1e}")
+    # Theirs in float64: sums over tokens are up to 40, where a step of float32 is 3.8e-6, and theirs is off by some.
+    record_property("max abs diff", f"{compare(ours, theirs.double()):.1e}")
 
 
 @pytest.mark.parametrize("kind", KINDS)
