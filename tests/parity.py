@@ -28,9 +28,11 @@ from jaxembed.types import NO_TASK
 from jaxembed.types import Pooling as Mean
 
 __all__ = [
+    "HEAD",
     "SIZES",
     "TINY",
     "TOLERANCE",
+    "WIDE",
     "check_parity",
     "cosines",
     "randomise",
@@ -53,6 +55,12 @@ TINY: dict[str, Any] = {
     "attn_implementation": "eager",
 }
 """Sizes of a tiny model, under the names that most of Hugging Face's configurations use."""
+
+HEAD = 32
+"""Features of a head that every CPU's kernel takes."""
+
+WIDE = TINY | {"hidden_size": 2 * HEAD, "num_attention_heads": 2}
+"""`TINY` with such heads."""
 
 SIZES: dict[str, Any] = {name: value for name, value in TINY.items() if name != "attn_implementation"}
 """The same without what is no size, for a configuration that is written or compared as it stands."""

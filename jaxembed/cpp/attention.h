@@ -17,10 +17,8 @@
 
 namespace jaxembed {
 
-constexpr size_t PAIR = 2 * LANES;  // tokens, or features, that attention takes at a time
-
 struct Heads {
-  size_t query, key, width;  // heads of queries, of keys and values; features of each, a multiple of PAIR
+  size_t query, key, width;  // heads of queries, of keys and values; features of each, a multiple of STEP
   float scale;
   size_t before, behind;  // keys that a query sees on either side of its own place
 };
@@ -29,6 +27,7 @@ struct Heads {
 struct Keys {
   size_t begin, end;
   size_t count() const { return end - std::min(begin, end); }
+  size_t room(size_t step) const { return (count() + step - 1) / step * step; }
 };
 
 // Those that the queries of a row from one place to the last one of `count` see, of as many as are seen at all; any begin at
@@ -63,11 +62,11 @@ inline float soften(float* scores, Keys keys, size_t room, float scale) {
   return sum;
 }
 
-// `soften` for a query's scores of the keys `near` it and its neighbours, in steps.
-inline float soften_row(float* scores, size_t place, Keys near, size_t step, size_t seen, const Heads& heads) {
+// `soften` for a query's scores of the keys `near` it and its neighbours, which have so much room.
+inline float soften_row(float* scores, size_t place, Keys near, size_t room, size_t seen, const Heads& heads) {
   const Keys own = keys_of(place, 1, seen, heads);
   const Keys within{own.begin - near.begin, own.end - std::min(own.end, near.begin)};
-  return soften(scores, within, (near.count() + step - 1) / step * step, heads.scale);
+  return soften(scores, within, room, heads.scale);
 }
 
 // One head of one row: queries [count, width] see keys and values [seen, width], all `apart` numbers from one another.
@@ -78,17 +77,16 @@ inline void head(const float* query, const float* key, const float* value, float
   const size_t width = heads.width, query_apart = heads.query * width, key_apart = heads.key * width;
   constexpr size_t ROWS = TILE / 2;
   constexpr size_t KEYS = C * LANES;
-  const size_t panels = (seen + KEYS - 1) / KEYS, room = panels * KEYS;
+  const size_t room = Keys{0, seen}.room(KEYS);
   static thread_local std::vector<float> scratch;
   if (scratch.size() < room * (2 * width + ROWS)) scratch.resize(room * (2 * width + ROWS));
   float *keys = scratch.data(), *values = keys + room * width, *scores = values + room * width;
-  for (size_t p = 0; p < panels; p++) {
-    const size_t begin = p * KEYS;
-    fill_panel<float>(key + begin * key_apart, key_apart, std::min(KEYS, seen - begin), width, keys + begin * width, KEYS);
+  for (size_t s = 0; s < seen; s += KEYS) {
+    fill_panel<float>(key + s * key_apart, key_apart, std::min(KEYS, seen - s), width, keys + s * width, KEYS);
   }
-  for (size_t f = 0; f < width; f += PAIR) {
+  for (size_t f = 0; f < width; f += STEP) {
     for (size_t s = 0; s < seen; s++) {
-      std::memcpy(values + f * room + s * PAIR, value + s * key_apart + f, PAIR * sizeof(float));
+      std::memcpy(values + f * room + s * STEP, value + s * key_apart + f, STEP * sizeof(float));
     }
   }
   for (size_t first = 0; first < count; first += ROWS) {
@@ -99,10 +97,10 @@ inline void head(const float* query, const float* key, const float* value, float
       tile_of<ROWS, C>(rows, query + first * query_apart, query_apart, keys + k * width, width, to, room);
     }
     float sums[ROWS];
-    for (size_t r = 0; r < rows; r++) sums[r] = soften_row(scores + r * room, first + r, near, KEYS, seen, heads);
+    for (size_t r = 0; r < rows; r++) sums[r] = soften_row(scores + r * room, first + r, near, near.room(KEYS), seen, heads);
     float* to = out + first * query_apart;
-    for (size_t f = 0; f < width; f += PAIR) {
-      const float* values_of = values + f * room + near.begin * PAIR;
+    for (size_t f = 0; f < width; f += STEP) {
+      const float* values_of = values + f * room + near.begin * STEP;
       tile_of<ROWS, 2>(rows, scores, room, values_of, near.count(), to + f, query_apart);
     }
     for (size_t r = 0; r < rows; r++) {
@@ -144,10 +142,9 @@ struct PairsByAmx {
 template <class Unit>
 inline void head_in_pairs(const float* query, const float* key, const float* value, float* out, size_t count, size_t seen,
                           const Heads& heads) {
-  static_assert(PAIR == STEP);
   constexpr size_t ROWS = Unit::ROWS, PANEL = Unit::PANEL;
   const size_t width = heads.width, query_apart = heads.query * width, key_apart = heads.key * width;
-  const size_t room = (seen + STEP - 1) / STEP * STEP;
+  const size_t room = Keys{0, seen}.room(STEP);
   const size_t needed = room * width + ROWS * (width / 2 + room / 2 + room) + LINE;
   static thread_local std::vector<float> scratch;
   if (scratch.size() < needed) scratch.resize(needed);
@@ -171,14 +168,14 @@ inline void head_in_pairs(const float* query, const float* key, const float* val
       for (size_t f = 0; f < width; f += STEP) put_row(from + f, queries + (r * width + f) / 2);
     }
     const Keys near = keys_of(first, rows, seen, heads, STEP);
-    const size_t depth = (near.count() + STEP - 1) / STEP * STEP;
+    const size_t depth = near.room(STEP);
     for (size_t s = 0; s < depth; s += STEP) {
       const float* panels = keys + (near.begin + s) * width / 2;
       unit.times(rows, queries, width / 2, panels, PANEL * width / 2, scores + s, room);
     }
     float sums[ROWS];
     for (size_t r = 0; r < rows; r++) {
-      sums[r] = soften_row(scores + r * room, first + r, near, STEP, seen, heads);
+      sums[r] = soften_row(scores + r * room, first + r, near, depth, seen, heads);
       for (size_t s = 0; s < depth; s += STEP) put_row(scores + r * room + s, weights + (r * depth + s) / 2);
     }
     for (size_t f = 0; f < width; f += STEP) {

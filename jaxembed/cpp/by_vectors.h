@@ -42,14 +42,13 @@ template <class Number> class ByVectors {
   template <class Take>
   void multiply(const float* panels, size_t K, const std::vector<Matrix>& matrices, const Take& take) const {
     Crew& crew = Crew::get();
-    const size_t blocks = blocks_of(matrices, BLOCK);
+    const size_t blocks = blocks_of(matrices, BLOCK), depth = words(K);
     // As many panels at a time as leave each thread some tasks.
     const size_t group = std::clamp<size_t>(count_ * blocks / (TASKS * crew.share()), LEAST, LEAST * TASKS);
     const size_t groups = (count_ + group - 1) / group;
     // The groups of a block follow one another: its part of the kernel stays in the second cache.
     crew.each(blocks * groups, tokens_ * K * blocks * BLOCK > 400'000, [&](size_t task) {
       const Block block(matrices, BLOCK, task / groups);
-      const size_t depth = words(K);
       const Number* kernel = static_cast<const Number*>(block.one->kernel) + block.first * depth;
       const size_t from = task % groups * group, end = std::min(count_, from + group);
       if constexpr (std::is_same_v<Number, Half>) {

@@ -52,13 +52,14 @@ template <class V> inline V load(const Half* from) {
   }
 }
 
+typedef uint32_t Words __attribute__((vector_size(LANES * sizeof(uint32_t))));
+
 // A vector of row[k] alone.
 inline Vector spread(const float* row, size_t k) { return row[k] - Vector{}; }
 
 // Of two numbers, which are read together, since what a processor spreads as it reads are words: behind an even one the next
 // must be there. In words of C++ the compiler would take them apart one by one.
 inline Vector spread(const Half* row, size_t k) {
-  typedef uint32_t Words __attribute__((vector_size(LANES * sizeof(uint32_t))));
   const auto& two = *reinterpret_cast<const char(*)[2 * sizeof(Half)]>(row + k / 2 * 2);
   Words words;
   if (k % 2 == 0) {
@@ -74,7 +75,6 @@ inline Vector spread(const Half* row, size_t k) {
 }
 
 inline Vector spread(const Pair* row, size_t k) {
-  typedef uint32_t Words __attribute__((vector_size(LANES * sizeof(uint32_t))));
   const Words words = row[k].bits - Words{};
   Vector value;
   std::memcpy(&value, &words, sizeof value);

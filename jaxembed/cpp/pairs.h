@@ -19,8 +19,6 @@
 
 namespace jaxembed {
 
-constexpr size_t STEP = 2 * LANES;  // features that a vector has, two to a word
-
 // Words of two features of as many tokens as a vector has, each of an even one and the one behind it.
 inline void put_words(Vector even, Vector odd, float* to) {
   alignas(64) static constexpr uint16_t ORDER[STEP] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
@@ -29,7 +27,7 @@ inline void put_words(Vector even, Vector odd, float* to) {
   _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(ORDER), both));
 }
 
-// STEP features of a token, rounded to bfloat16.
+// STEP features of a token, as many as a vector has with two to a word, rounded to bfloat16.
 inline void put_row(const float* from, float* to) {
   const __m512bh words = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + LANES), _mm512_loadu_ps(from));
   std::memcpy(to, &words, sizeof words);

@@ -13,8 +13,9 @@ constexpr size_t LANES = 16;
 #else  // 16 registers
 constexpr size_t LANES = 8;
 #endif
-constexpr size_t LINE = 16;                    // numbers of a line of the cache
+constexpr size_t LINE = 16;         // numbers of a line of the cache
 constexpr size_t EIGHT = 8;
+constexpr size_t STEP = 2 * LANES;  // tokens, or features, that attention and pairs of numbers go by
 
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
 typedef float Eight __attribute__((vector_size(EIGHT * sizeof(float))));

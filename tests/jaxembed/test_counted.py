@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from folders import save, tiny_transformer
-from parity import SIZES, TINY, TOLERANCE, randomise, save_checkpoint, tiny_bert
+from parity import HEAD, SIZES, TINY, TOLERANCE, WIDE, randomise, save_checkpoint, tiny_bert
 from sentence_transformers import SparseEncoder
 from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import (
@@ -93,9 +93,6 @@ def check(folder: Path, output: Output = Output.DENSE) -> None:
 
 
 HEADS = {"num_key_value_heads": 2, "head_dim": 8}
-WIDE = TINY | {"hidden_size": 64, "num_attention_heads": 2}
-"""Heads that the kernel for attention takes."""
-
 MODELS: dict[str, Callable[[], Any]] = {
     "bert": lambda: tiny_bert(hidden_size=64, num_attention_heads=2),
     "mpnet, whose attention has a bias": lambda: MPNetModel(MPNetConfig(**SIZES), add_pooling_layer=False),
@@ -111,7 +108,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "modernbert": lambda: ModernBertModel(ModernBertConfig(**TINY, pad_token_id=0, local_attention=8)),
     "modernbert of wide heads": lambda: ModernBertModel(ModernBertConfig(**WIDE, pad_token_id=0, local_attention=8)),
     "qwen3, which is causal": lambda: Qwen3Model(Qwen3Config(**TINY | HEADS)),
-    "qwen3 of wide heads": lambda: Qwen3Model(Qwen3Config(**WIDE, num_key_value_heads=1, head_dim=32)),
+    "qwen3 of wide heads": lambda: Qwen3Model(Qwen3Config(**WIDE, num_key_value_heads=1, head_dim=HEAD)),
     "gemma3": lambda: Gemma3TextModel(Gemma3TextConfig(**TINY | HEADS, pad_token_id=0)),
     "t5": lambda: T5EncoderModel(
         T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=40, num_layers=2, num_heads=2, pad_token_id=0)

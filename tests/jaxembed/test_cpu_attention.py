@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from arrays import normal
+from parity import HEAD
 
 from jaxembed import cpu_kernels, cpu_library
 from jaxembed.layers import FLOAT32
@@ -15,9 +16,6 @@ from jaxembed.plain_attention import places
 from jaxembed.tokens import Rows
 
 BFLOAT16 = jnp.dtype("bfloat16")
-
-HEAD = 32
-"""Features of a head that every CPU's kernel takes."""
 
 pytestmark = pytest.mark.usefixtures("library")
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from arrays import normal
-from parity import TINY, check_parity, randomise, tiny_bert
+from parity import HEAD, WIDE, check_parity, randomise, tiny_bert
 from transformers import (
     DistilBertConfig,
     DistilBertModel,
@@ -36,9 +36,6 @@ BFLOAT16 = jnp.dtype("bfloat16")
 
 OF_BERT = set(cpu_library.Target) - {cpu_library.Target.GATED_FEED_FORWARD}
 """What BERT's layers call."""
-
-HEAD = 32
-"""Features of a head that every CPU's kernel takes."""
 
 pytestmark = pytest.mark.usefixtures("library")
 
@@ -113,7 +110,7 @@ def test_layers_of_two_dtypes() -> None:
     assert "@jaxembed_linear(" not in both
 
 
-OF_HEADS = TINY | {"hidden_size": 2 * HEAD, "num_attention_heads": 2, "max_position_embeddings": 140}
+LONG = WIDE | {"max_position_embeddings": 140}
 MODELS: dict[str, Callable[[], Any]] = {
     "bert": lambda: tiny_bert(hidden_size=2 * HEAD, num_attention_heads=2, max_position_embeddings=140),
     "bert, an activation that is not theirs": lambda: tiny_bert(hidden_size=HEAD, hidden_act="tanh"),
@@ -121,10 +118,10 @@ MODELS: dict[str, Callable[[], Any]] = {
         DistilBertModel(DistilBertConfig(vocab_size=99, dim=64, n_heads=2, n_layers=2, hidden_dim=100)), 0
     ),
     "modernbert, with a window": lambda: randomise(
-        ModernBertModel(ModernBertConfig(**OF_HEADS, pad_token_id=0, local_attention=8)), 0
+        ModernBertModel(ModernBertConfig(**LONG, pad_token_id=0, local_attention=8)), 0
     ),
     "mistral, causal with a window": lambda: randomise(
-        MistralModel(MistralConfig(**OF_HEADS, num_key_value_heads=1, head_dim=HEAD, sliding_window=8)), 0
+        MistralModel(MistralConfig(**LONG, num_key_value_heads=1, head_dim=HEAD, sliding_window=8)), 0
     ),
     "mpnet, whose attention has a bias": lambda: randomise(
         MPNetModel(
