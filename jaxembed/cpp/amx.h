@@ -68,6 +68,8 @@ inline void multiply(const void* kernel, const float* words, size_t depth, size_
   if constexpr (R > 1 && C > 1) zero<3>();
   const size_t apart = 2 * depth, next = panels_apart * sizeof(float);
   for (size_t k = 0; k < depth; k += STEP, rows += ROW, tokens += SIZE) {
+    // Rows lie apart, and nothing else calls what comes next of each into the cache.
+    for (size_t r = 0; r < R * SIDE; r++) __builtin_prefetch(rows + r * apart + 2 * ROW);
     read<4>(rows, apart);
     read<6>(tokens, ROW);
     multiply_add<0, 4, 6>();

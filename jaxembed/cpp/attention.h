@@ -44,22 +44,24 @@ inline float soften(float* scores, Keys keys, size_t room, float scale) {
     std::memset(scores, 0, room * sizeof(float));
     return 1.0f;
   }
-  for (size_t i = 0; i < keys.begin; i++) scores[i] = -1e30f;
-  for (size_t i = keys.end; i < room; i++) scores[i] = -1e30f;
-  Eight best = load<Eight>(scores), total{};
-  for (size_t i = 8; i < room; i += 8) {
-    Eight more = load<Eight>(scores + i);
+  alignas(64) static constexpr uint32_t PLACES[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  Words places;
+  std::memcpy(&places, PLACES, sizeof places);
+  const auto seen = [&](size_t i) {
+    return places + uint32_t(i - keys.begin) < uint32_t(keys.count()) ? load<Vector>(scores + i) : Vector{} - 1e30f;
+  };
+  Vector best = seen(0), total{};
+  for (size_t i = LANES; i < room; i += LANES) {
+    const Vector more = seen(i);
     best = more > best ? more : best;
   }
-  float most = best[0], sum = 0.0f;
-  for (size_t i = 1; i < 8; i++) most = std::max(most, best[i]);
-  for (size_t i = 0; i < room; i += 8) {
-    Eight weight = exponential((load<Eight>(scores + i) - most) * scale);
+  const float most = most_of(best);
+  for (size_t i = 0; i < room; i += LANES) {
+    const Vector weight = exponential((seen(i) - most) * scale);
     store(scores + i, weight);
     total += weight;
   }
-  for (size_t i = 0; i < 8; i++) sum += total[i];
-  return sum;
+  return sum_of(total);
 }
 
 // `soften` for a query's scores of the keys `near` it and its neighbours, which have so much room.
@@ -104,8 +106,9 @@ inline void head(const float* query, const float* key, const float* value, float
       tile_of<ROWS, 2>(rows, scores, room, values_of, near.count(), to + f, query_apart);
     }
     for (size_t r = 0; r < rows; r++) {
+      const float over = 1.0f / sums[r];
       for (size_t f = 0; f < width; f += LANES) {
-        store(to + r * query_apart + f, load<Vector>(to + r * query_apart + f) / sums[r]);
+        store(to + r * query_apart + f, load<Vector>(to + r * query_apart + f) * over);
       }
     }
   }
@@ -184,7 +187,8 @@ inline void head_in_pairs(const float* query, const float* key, const float* val
       unit.times(rows, weights, depth / 2, panels, PANEL * room / 2, mixed, STEP);
       for (size_t r = 0; r < rows; r++) {
         float* to = out + (first + r) * query_apart + f;
-        for (size_t i = 0; i < STEP; i += LANES) store(to + i, load<Vector>(mixed + r * STEP + i) / sums[r]);
+        const float over = 1.0f / sums[r];
+        for (size_t i = 0; i < STEP; i += LANES) store(to + i, load<Vector>(mixed + r * STEP + i) * over);
       }
     }
   }

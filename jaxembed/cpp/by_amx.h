@@ -56,9 +56,11 @@ class ByAmx {
         const size_t columns = std::min<size_t>(2, end - i);
         constexpr decltype(&amx::multiply<1, 1>) multiply[2][2] = {{amx::multiply<1, 1>, amx::multiply<1, 2>},
                                                                    {amx::multiply<2, 1>, amx::multiply<2, 2>}};
-        multiply[block.rows > SIDE][columns == 2](rows, tile(tiles, i, K), K, SIDE * K / 2, out, columns * SIDE);
         const size_t tokens = std::min(tokens_ - i * SIDE, columns * SIDE);
-        take(Part{*block.one, block.first, block.rows, i * SIDE, tokens, out, columns * SIDE});
+        const Part part{*block.one, block.first, block.rows, i * SIDE, tokens, out, columns * SIDE};
+        call_lines(part);
+        multiply[block.rows > SIDE][columns == 2](rows, tile(tiles, i, K), K, SIDE * K / 2, out, part.width);
+        take(part);
       }
     });
   }

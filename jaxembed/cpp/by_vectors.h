@@ -83,8 +83,10 @@ template <class Number> class ByVectors {
         rows_times_panel<1, Weight>, rows_times_panel<2, Weight>, rows_times_panel<3, Weight>, rows_times_panel<4, Weight>};
     alignas(64) float out[BLOCK * MOST * LANES];
     for (size_t i = from; i < end; i++) {
-      multiply[width(i) / LANES - 1](rows, block.rows, depth, panels + begin(i) * depth, out, i == from ? then : nullptr);
-      take(Part{*block.one, block.first, block.rows, begin(i), of(i), out, width(i)});
+      const Part part{*block.one, block.first, block.rows, begin(i), of(i), out, width(i)};
+      call_lines(part);
+      multiply[part.width / LANES - 1](rows, block.rows, depth, panels + begin(i) * depth, out, i == from ? then : nullptr);
+      take(part);
     }
   }
 

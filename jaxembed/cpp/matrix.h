@@ -8,6 +8,7 @@
 #include <cstring>
 #include <vector>
 
+#include "turn.h"
 #include "vectors.h"
 
 namespace jaxembed {
@@ -36,7 +37,7 @@ struct Block {
   size_t first, rows;  // its features
 };
 
-constexpr size_t MOST_ROWS = 48;  // output features of a part: a multiple of 8
+constexpr size_t MOST_ROWS = 48;  // output features of a part: a multiple of LANES
 
 // Some features of some tokens of what a matrix gives: out [rows, width], of which behind `tokens` columns nothing is meant.
 struct Part {
@@ -85,28 +86,41 @@ inline void times_stashed(const Part& part, const float* all) {
   });
 }
 
+// Calls what lines a part of y has into the cache, if y is wanted: to write to them later does not wait for memory then.
+inline void call_lines(const Part& part) {
+  if (part.one.y == nullptr) return;
+  const size_t N = part.one.N;
+  const float* line = part.one.y + part.begin * N + part.first;
+  for (size_t t = 0; t < part.tokens; t++, line += N) {
+    for (size_t f = 0; f < part.rows; f += LINE) __builtin_prefetch(line + f, 1, 2);
+  }
+}
+
 // A part to y, with bias and activation.
 inline void put(const Part& part, Activation activation) {
   const size_t N = part.one.N;
   float* y = part.one.y + part.begin * N + part.first;
-  for (size_t f = 0; f < part.rows; f += 8) {
-    const size_t features = std::min<size_t>(8, part.rows - f);
-    Eight bias{};
+  for (size_t f = 0; f < part.rows; f += LANES) {
+    const size_t features = std::min(LANES, part.rows - f);
+    Vector bias{};
     if (part.one.bias) std::memcpy(&bias, part.one.bias + part.first + f, features * sizeof(float));
-    for (size_t t = 0; t < part.tokens; t += 8) {
-      const size_t tokens = std::min<size_t>(8, part.tokens - t);
-      Eight turned[8];
+    for (size_t t = 0; t < part.tokens; t += LANES) {
+      const size_t tokens = part.tokens - t;
+      Vector turned[LANES];
       turn(part.out + f * part.width + t, part.width, turned);
-      for (Eight& one : turned) one += bias;
+      for (Vector& one : turned) one += bias;
       if (activation != NONE) {
-        for (Eight& one : turned) one = finished(one, activation);
+        for (Vector& one : turned) one = finished(one, activation);
       }
       float* to = y + t * N + f;
-      if (features == 8 && tokens == 8) {
-        for (size_t i = 0; i < 8; i++) store(to + i * N, turned[i]);
-      } else {
-        for (size_t i = 0; i < tokens; i++) std::memcpy(to + i * N, &turned[i], features * sizeof(float));
-      }
+      unrolled<LANES>([&](auto i) INLINED {
+        if (i >= tokens) return;
+        if (features == LANES) {
+          store(to + i * N, turned[i]);
+        } else {
+          std::memcpy(to + i * N, &turned[i], features * sizeof(float));
+        }
+      });
     }
   }
 }

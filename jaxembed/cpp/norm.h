@@ -34,9 +34,7 @@ template <class Value> inline float total(size_t N, const Value& value) {
     for (size_t a = 0; a < APART; a++) sums[a] += value(Vector{}, i + a * LANES);
   }
   for (; i + LANES <= N; i += LANES) sums[0] += value(Vector{}, i);
-  const Vector all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  float sum = 0.0f;
-  for (size_t lane = 0; lane < LANES; lane++) sum += all[lane];
+  float sum = sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
   for (; i < N; i++) sum += value(0.0f, i);
   return sum;
 }

@@ -52,8 +52,6 @@ template <class V> inline V load(const Half* from) {
   }
 }
 
-typedef uint32_t Words __attribute__((vector_size(LANES * sizeof(uint32_t))));
-
 // A vector of row[k] alone.
 inline Vector spread(const float* row, size_t k) { return row[k] - Vector{}; }
 

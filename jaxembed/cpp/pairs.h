@@ -14,6 +14,7 @@
 
 #include "matrix.h"
 #include "numbers.h"
+#include "pieces.h"
 #include "tiles.h"
 #include "vectors.h"
 
@@ -41,27 +42,24 @@ inline void fill_panel<Pair>(const float* x, size_t apart, size_t tokens, size_t
     alignas(64) float rounded[LANES * LANES] = {};
     for (size_t k = 0; k < features; k += STEP) {
       for (size_t i = 0; i < rows; i++) put_row(x + (t + i) * apart + k, rounded + i * LANES);
-      float* to = panel + k / 2 * width + t;
-      for (size_t i = 0; i < LANES; i += 8) {
-        for (size_t w = 0; w < LANES; w += 8) turn(rounded + i * LANES + w, LANES, to + w * width + i, width);
-      }
+      turn(rounded, LANES, panel + k / 2 * width + t, width);
     }
   }
 }
 
 // Some columns of a part as words of two features each, [rows / 2, width], with bias and activation.
 inline void put_columns(const Part& part, size_t column, size_t width, Activation activation, float* to) {
-  for (size_t f = 0; f < part.rows; f += 2, to += width) {
-    for (size_t i = 0; i < width; i += LANES) {
-      Vector two[2];
-      for (size_t odd = 0; odd < 2; odd++) {
-        const float bias = part.one.bias ? part.one.bias[part.first + f + odd] : 0.0f;
-        const float* from = part.out + (f + odd) * part.width + column + i;
-        two[odd] = finished(load<Vector>(from) + bias, activation);
+  with_rounded(activation, [&](const auto function) {
+    for (size_t f = 0; f < part.rows; f += 2, to += width) {
+      for (size_t i = 0; i < width; i += LANES) {
+        auto of = [&](size_t feature) INLINED {
+          const float bias = part.one.bias ? part.one.bias[part.first + feature] : 0.0f;
+          return function(load<Vector>(part.out + feature * part.width + column + i) + bias);
+        };
+        put_words(of(f), of(f + 1), to + i);
       }
-      put_words(two[0], two[1], to + i);
     }
-  }
+  });
 }
 
 template <> inline void stash<Pair>(const Part& part, Activation activation, float* all) {

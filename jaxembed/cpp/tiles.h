@@ -6,13 +6,10 @@
 #include <algorithm>
 #include <cstddef>
 #include <type_traits>
-#include <utility>
 
 #include "numbers.h"
+#include "turn.h"
 #include "vectors.h"
-
-#define INLINED __attribute__((always_inline))
-#define ALWAYS_INLINE inline INLINED
 
 namespace jaxembed {
 
@@ -26,20 +23,20 @@ constexpr size_t WAYS = 8;  // rows whose lines the first cache holds wherever t
 // A panel of `tokens` rows of x, `apart` numbers from one another; zeros behind the last one.
 template <class Number>
 inline void fill_panel(const float* x, size_t apart, size_t tokens, size_t features, float* panel, size_t width) {
-  const size_t whole = features / 8 * 8;
-  for (size_t t = 0; t < width; t += 8) {
-    const size_t rows = std::min<size_t>(8, tokens - std::min(tokens, t));
+  const size_t whole = features / LANES * LANES;
+  for (size_t t = 0; t < width; t += LANES) {
+    const size_t rows = std::min(LANES, tokens - std::min(tokens, t));
     const float* from = x + t * apart;
     float* to = panel + t;
-    if (rows == 8) {
-      for (size_t k = 0; k < whole; k += 8) turn(from + k, apart, to + k * width, width);
+    if (rows == LANES) {
+      for (size_t k = 0; k < whole; k += LANES) turn(from + k, apart, to + k * width, width);
     } else if (rows > 0) {
-      for (size_t k = 0; k < whole; k += 8) turn(from + k, apart, to + k * width, width, rows);
+      for (size_t k = 0; k < whole; k += LANES) turn(from + k, apart, to + k * width, width, rows);
     } else {
-      for (size_t k = 0; k < whole; k++) store(to + k * width, Eight{});
+      for (size_t k = 0; k < whole; k++) store(to + k * width, Vector{});
     }
     for (size_t k = whole; k < features; k++) {
-      for (size_t i = 0; i < 8; i++) to[k * width + i] = i < rows ? from[i * apart + k] : 0.0f;
+      for (size_t i = 0; i < LANES; i++) to[k * width + i] = i < rows ? from[i * apart + k] : 0.0f;
     }
   }
 }
@@ -68,14 +65,6 @@ template <size_t R, class Number> struct Rows {
     for (const Number*& pointer : every_third) pointer += numbers;
   }
 };
-
-// call(0), ..., call(N - 1), where each number is a constant: what an array holds at constant places stays in registers.
-template <class Call, size_t... I> ALWAYS_INLINE void call_each(const Call& call, std::index_sequence<I...>) {
-  (call(std::integral_constant<size_t, I>{}), ...);
-}
-template <size_t N, class Call> ALWAYS_INLINE void unrolled(const Call& call) {
-  call_each(call, std::make_index_sequence<N>{});
-}
 
 // sums[r, v] += spread(r) * b[v], where that is a vector of row r's number.
 template <class Number, size_t R, size_t C, class Spread>

@@ -5,6 +5,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
+
+#define INLINED __attribute__((always_inline))
+#define ALWAYS_INLINE inline INLINED
 
 namespace jaxembed {
 
@@ -18,7 +23,9 @@ constexpr size_t EIGHT = 8;
 constexpr size_t STEP = 2 * LANES;  // tokens, or features, that attention and pairs of numbers go by
 
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
+typedef uint32_t Words __attribute__((vector_size(LANES * sizeof(uint32_t))));
 typedef float Eight __attribute__((vector_size(EIGHT * sizeof(float))));
+typedef float Four __attribute__((vector_size(4 * sizeof(float))));
 
 // At any address.
 template <class V> inline V load(const float* from) {
@@ -28,32 +35,31 @@ template <class V> inline V load(const float* from) {
 }
 template <class V> inline void store(float* to, V value) { std::memcpy(to, &value, sizeof value); }
 
-// to[j][i] = from[i, j] for 8 x 8 numbers, 0 for rows from `rows` on; `apart` is the distance of rows.
-inline void turn(const float* from, size_t apart, Eight (&to)[8], size_t rows = 8) {
-  Eight a[8], b[8];
-  for (size_t i = 0; i < 8; i++) a[i] = i < rows ? load<Eight>(from + i * apart) : Eight{};
-  for (size_t i = 0; i < 8; i += 2) {
-    b[i] = __builtin_shufflevector(a[i], a[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-    b[i + 1] = __builtin_shufflevector(a[i], a[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
-  }
-  for (size_t i = 0; i < 8; i += 4) {
-    a[i] = __builtin_shufflevector(b[i], b[i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-    a[i + 1] = __builtin_shufflevector(b[i], b[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-    a[i + 2] = __builtin_shufflevector(b[i + 1], b[i + 3], 0, 1, 8, 9, 4, 5, 12, 13);
-    a[i + 3] = __builtin_shufflevector(b[i + 1], b[i + 3], 2, 3, 10, 11, 6, 7, 14, 15);
-  }
-  for (size_t i = 0; i < 4; i++) {
-    to[i] = __builtin_shufflevector(a[i], a[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-    to[i + 4] = __builtin_shufflevector(a[i], a[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-  }
+// call(0), ..., call(N - 1), where each number is a constant: what an array holds at constant places stays in registers.
+template <class Call, size_t... I> ALWAYS_INLINE void call_each(const Call& call, std::index_sequence<I...>) {
+  (call(std::integral_constant<size_t, I>{}), ...);
+}
+template <size_t N, class Call> ALWAYS_INLINE void unrolled(const Call& call) {
+  call_each(call, std::make_index_sequence<N>{});
 }
 
-// The same into memory.
-inline void turn(const float* from, size_t from_apart, float* to, size_t to_apart, size_t rows = 8) {
-  Eight turned[8];
-  turn(from, from_apart, turned, rows);
-  for (size_t i = 0; i < 8; i++) store(to + i * to_apart, turned[i]);
+// both(a, b) of all numbers of a vector: of halves, of what these give, and so on.
+template <class Both> inline float across(Four v, const Both& both) {
+  const Four half = both(v, __builtin_shufflevector(v, v, 2, 3, 0, 1));
+  return both(half[0], half[1]);
 }
+template <class Both> inline float across(Eight v, const Both& both) {
+  return across(both(__builtin_shufflevector(v, v, 0, 1, 2, 3), __builtin_shufflevector(v, v, 4, 5, 6, 7)), both);
+}
+#if defined(__AVX512F__)
+template <class Both> inline float across(Vector v, const Both& both) {
+  const Eight first = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+  return across(both(first, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15)), both);
+}
+#endif
+
+inline float sum_of(Vector v) { return across(v, [](auto a, auto b) { return a + b; }); }
+inline float most_of(Vector v) { return across(v, [](auto a, auto b) { return a > b ? a : b; }); }
 
 // x * Phi(x). erf is the quotient of polynomials that XLA computes it by, 1 from 3.83 on.
 template <class V> inline V gelu(V x) {

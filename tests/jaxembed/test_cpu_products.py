@@ -97,8 +97,8 @@ def test_linear_norm_in_bfloat16(size: tuple[int, int]) -> None:
     check_linear_norm(size, "bfloat16")
 
 
-def check_feed_forward(inner: int, width: int, act: str | None, dtype: str) -> None:
-    """To the last bit what a product and a `linear_norm` give."""
+def check_feed_forward(inner: int, width: int, act: str | None, dtype: str, atol: float = 0.0) -> None:
+    """What a product and a `linear_norm` give, to the last bit if nothing else is said."""
     first, second = normal(inner, width, seed=1) / np.float32(width**0.5), normal(width, inner, seed=2)
     kernels = (first.astype(dtype), second.astype(dtype))
     inputs = [normal(1, tokens, width, seed=tokens) for tokens in (1, 9, 16, 33, 100, 257)]
@@ -115,7 +115,7 @@ def check_feed_forward(inner: int, width: int, act: str | None, dtype: str) -> N
         return results
 
     for got, wanted in call(inputs, *kernels, normal(inner), *normal(3, width)):
-        np.testing.assert_array_equal(got, wanted)
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize(("inner", "width"), [(1, 1), (3, 5), (100, 50), (1536, 384)])
@@ -126,7 +126,26 @@ def test_feed_forward(inner: int, width: int, act: str | None) -> None:
 
 @pytest.mark.parametrize(("inner", "width"), [(3, 5), (32, 32), (100, 50), (96, 64), (1536, 384)])
 def test_feed_forward_in_bfloat16(inner: int, width: int) -> None:
-    check_feed_forward(inner, width, "gelu", "bfloat16")
+    """What an activation gives is rounded, and now and then the other way than a product's own."""
+    check_feed_forward(inner, width, "relu", "bfloat16")
+    check_feed_forward(inner, width, "gelu", "bfloat16", atol=2.0**-6 if cpu_library.in_pairs(inner) else 0.0)
+
+
+@pytest.mark.parametrize("act", [act for act in cpu_kernels.ACTIVATIONS if act is not None])
+def test_activations_that_are_rounded(act: str) -> None:
+    """As the formula's results rounded to bfloat16, all but a few, and those by a step."""
+    x = normal(200, 64, dtype="bfloat16") * 4
+    identity, norm = (jnp.eye(64, dtype="bfloat16"), None), (jnp.ones(64), None, 1e-5)
+    got = jax.jit(lambda x: cpu_kernels.feed_forward(x, identity, identity, act, norm))(x[None])[0]
+    between = np.asarray(activation(act)(jnp.asarray(x)))
+    if cpu_library.in_pairs(64):
+        between = between.astype("bfloat16").astype(np.float32)
+    total = x.astype(np.float64) + between
+    total -= total.mean(axis=1, keepdims=True)
+    wanted = total / np.sqrt((total**2).mean(axis=1, keepdims=True) + 1e-5)
+    differences = np.abs(got - wanted)
+    assert differences.max() <= 2.0**-7
+    assert np.mean(differences.max(axis=1) > 1e-5) <= 0.2
 
 
 def check_gated_feed_forward(inner: int, width: int, act: str | None, dtype: str) -> None:
