@@ -15,8 +15,8 @@
 
 namespace jaxembed {
 
-// x / 2 (1 + t(x)) of an odd function t that goes to 1: x / 2 + h(|x|), and h(a) = a / 2 t(a) in pieces of one width up to `end`,
-// then a / 2. Each is the polynomial through four points of it, Chebyshev's.
+// x / 2 (1 + t(x)) of an odd function t that goes to 1: x / 2 + |x| g(|x|), and g(a) = t(a) / 2 in pieces of one width up to
+// `end`, then 1 / 2. Each is the polynomial through four points of it, Chebyshev's.
 class Pieces {
  public:
   template <class T> Pieces(const T& t, double end) : each_(float((COUNT - 1) / end)) {
@@ -25,7 +25,7 @@ class Pieces {
       double points[POINTS], slopes[POINTS], polynomial[POINTS] = {};
       for (size_t i = 0; i < POINTS; i++) {
         points[i] = middle + half * std::cos((2 * i + 1) * M_PI / (2 * POINTS));
-        slopes[i] = points[i] / 2 * t(points[i]);
+        slopes[i] = t(points[i]) / 2;
       }
       // Newton's: quotients of differences, and from the last one back, times (a - its point) and the one before.
       for (size_t order = 1; order < POINTS; order++) {
@@ -41,7 +41,7 @@ class Pieces {
       }
       for (size_t power = 0; power < POINTS; power++) put(piece, power, float(polynomial[power]));
     }
-    for (size_t power = 0; power < POINTS; power++) put(COUNT - 1, power, power == 1 ? 0.5f : 0.0f);
+    for (size_t power = 0; power < POINTS; power++) put(COUNT - 1, power, power == 0 ? 0.5f : 0.0f);
   }
 
   Vector operator()(Vector x) const {
@@ -55,7 +55,7 @@ class Pieces {
     auto of = [&](size_t power) INLINED {
       return (Vector)_mm512_permutex2var_ps((__m512)first_[power], which, (__m512)second_[power]);
     };
-    return 0.5f * x + (of(0) + a * (of(1) + a * (of(2) + a * of(3))));
+    return 0.5f * x + a * (of(0) + a * (of(1) + a * (of(2) + a * of(3))));
   }
 
  private:
@@ -73,7 +73,7 @@ class Pieces {
 template <class Call> inline void with_rounded(Activation activation, const Call& call) {
   static const Pieces by_erf([](double a) { return std::erf(a * M_SQRT1_2); }, 5.5);
   static const Pieces by_tanh([](double a) { return std::tanh(0.7978845608028654 * (a + 0.044715 * a * a * a)); }, 5.5);
-  static const Pieces by_half([](double a) { return std::tanh(a / 2); }, 15.0);
+  static const Pieces by_half([](double a) { return std::tanh(a / 2); }, 16.0);
   switch (activation) {
     case GELU: return call(by_erf);
     case GELU_BY_TANH: return call(by_tanh);
