@@ -17,15 +17,14 @@ from importlib.metadata import version
 from logging.handlers import QueueHandler, QueueListener
 from typing import Any
 
-from hypercorn.asyncio.run import worker_serve
 from hypercorn.config import Config as HypercornConfig
-from hypercorn.utils import wrap_app
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from jaxembed_server.app import create_app, service_of
 from jaxembed_server.batcher import DEVICE_THREAD
 from jaxembed_server.config import ENV_PREFIX, ConfigError, ServerConfig, from_sources
+from jaxembed_server.connection import serve
 from jaxembed_server.exchange import access
 from jaxembed_server.metrics import Metrics
 from jaxembed_server.model import Loader, load_model
@@ -212,8 +211,7 @@ async def run(config: ServerConfig, loader: Loader = load_model) -> int:
 
     failed = False
     if supervisor is None:
-        wrapped = wrap_app(app, settings.wsgi_max_body_size, "asgi")
-        await worker_serve(wrapped, settings, sockets=sockets, shutdown_trigger=until_stopped)
+        await serve(app, settings, sockets, until_stopped)
     else:
         loading = loop.create_task(service.start())
         try:

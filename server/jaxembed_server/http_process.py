@@ -12,11 +12,10 @@ import sys
 from collections.abc import Sequence
 
 import msgspec
-from hypercorn.asyncio.run import worker_serve
 from hypercorn.config import Sockets
-from hypercorn.utils import wrap_app
 
 from jaxembed import memory
+from jaxembed_server import connection
 from jaxembed_server.app import create_app
 from jaxembed_server.channel import Channel, Kind
 from jaxembed_server.cli import event_loop, hypercorn_settings, logging_to_stderr
@@ -52,14 +51,14 @@ async def serve(config: ServerConfig, channel: Channel, listening: socket.socket
     """Serve as the settings say; the exit status."""
     service = RemoteService(config, channel)
     settings = hypercorn_settings(config)
-    app = wrap_app(create_app(config, service=service), settings.wsgi_max_body_size, "asgi")
+    app = create_app(config, service=service)
     listening.setblocking(False)
 
     async def until_ended() -> None:
         await service.ended.wait()
 
     memory.settle()
-    await worker_serve(app, settings, sockets=Sockets([], [listening], []), shutdown_trigger=until_ended)
+    await connection.serve(app, settings, Sockets([], [listening], []), until_ended)
     channel.close()
     if service.orphaned:
         print("jaxembed: the engine process is gone: this HTTP process ends too", file=sys.stderr)
