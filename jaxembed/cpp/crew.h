@@ -22,8 +22,9 @@ inline void pause() {
 }
 
 // Threads that help whoever calls. A call takes the share of the cores that its run of a model has: all of them when that
-// is alone, its own when as many runs are under way as there are cores. Helpers look out for more work for a moment before
-// they sleep, since the parts of one model follow each other closely.
+// is alone, its own when as many runs are under way as there are cores. When it has to wait for a helper, longer than it
+// worked itself, then others use that helper's core: for a while there is one core fewer to share. Helpers look out for more
+// work for a moment before they sleep, since the parts of one model follow each other closely.
 class Crew {
  public:
   // Never destroyed: a helper may still look out when the process ends.
@@ -39,18 +40,30 @@ class Crew {
       return;
     }
     Job job(count, helpers, [](const void* data, size_t i) { (*static_cast<const Work*>(data))(i); }, &work);
+    auto begun = Clock::now();
     publish(job, helpers);
     job.run();
+    auto done = Clock::now();
     withdraw(job);
+    auto waited = Clock::now() - done;
+    if (waited > LONG && waited > done - begun) lend(done + waited);
   }
 
   // Cores that each run has.
-  size_t share() const { return std::max<size_t>(1, cores_ / std::max<size_t>(1, runs_.load(std::memory_order_relaxed))); }
+  size_t share() const {
+    size_t lent = lent_.load(std::memory_order_relaxed);
+    if (lent > 0 && Clock::now().time_since_epoch().count() >= back_.load(std::memory_order_relaxed)) lent = 0;
+    return std::max<size_t>(1, (cores_ - lent) / std::max<size_t>(1, runs_.load(std::memory_order_relaxed)));
+  }
 
   void begin() { runs_++; }
   void end() { runs_--; }
 
  private:
+  using Clock = std::chrono::steady_clock;
+  static constexpr std::chrono::microseconds LONG{300};  // to wait for a helper that is at work: most parts take less
+  static constexpr std::chrono::milliseconds WHILE{20};  // that a core is left to others
+
   struct Job {
     Job(size_t count, size_t places, void (*function)(const void*, size_t), const void* data)
         : count(count), places(places), function(function), data(data) {}
@@ -66,6 +79,13 @@ class Crew {
 
   Crew() : cores_(std::max(1u, std::thread::hardware_concurrency())) {
     for (size_t i = 1; i < cores_; i++) std::thread([this] { help(); }).detach();
+  }
+
+  // Leaves one core more to others for a while from now on.
+  void lend(Clock::time_point now) {
+    size_t lent = now.time_since_epoch().count() < back_.load() ? lent_.load() : 0;
+    lent_ = std::min(lent + 1, cores_ - 1);
+    back_ = (now + WHILE).time_since_epoch().count();
   }
 
   void publish(Job& job, size_t helpers) {
@@ -109,14 +129,16 @@ class Crew {
   }
 
   void look_out() {
-    auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(100);
-    while (open_.load(std::memory_order_acquire) == 0 && std::chrono::steady_clock::now() < until) {
+    auto until = Clock::now() + std::chrono::microseconds(100);
+    while (open_.load(std::memory_order_acquire) == 0 && Clock::now() < until) {
       for (int i = 0; i < 16; i++) pause();
     }
   }
 
   const size_t cores_;
   std::atomic<size_t> runs_{0};
+  std::atomic<size_t> lent_{0};        // cores
+  std::atomic<Clock::rep> back_{0};    // when they come back
   std::atomic<size_t> open_{0};  // places for helpers; changed with the lock held
   std::mutex lock_;
   std::condition_variable called_;
