@@ -14,8 +14,9 @@ __all__ = ["header", "publish", "ratios", "spread", "table"]
 
 def header(title: str) -> str:
     """The head of a result: date, command, machine."""
-    # The file's own folders are nobody's business.
-    command = " ".join([f"python -m bench.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+    # Folders of this machine are nobody's business, neither the script's own nor that of the result.
+    given = [Path(one).name if Path(one).is_absolute() else one for one in sys.argv[1:]]
+    command = " ".join([f"python -m bench.{Path(sys.argv[0]).stem}", *given])
     lines = [
         f"# {title}, {date.today().isoformat()}",
         "",

@@ -51,9 +51,7 @@ class Crew {
 
   // Cores that each run has.
   size_t share() const {
-    size_t lent = lent_.load(std::memory_order_relaxed);
-    if (lent > 0 && Clock::now().time_since_epoch().count() >= back_.load(std::memory_order_relaxed)) lent = 0;
-    return std::max<size_t>(1, (cores_ - lent) / std::max<size_t>(1, runs_.load(std::memory_order_relaxed)));
+    return std::max<size_t>(1, (cores_ - lent(Clock::now())) / std::max<size_t>(1, runs_.load(std::memory_order_relaxed)));
   }
 
   void begin() { runs_++; }
@@ -81,10 +79,15 @@ class Crew {
     for (size_t i = 1; i < cores_; i++) std::thread([this] { help(); }).detach();
   }
 
+  // Cores that are left to others.
+  size_t lent(Clock::time_point now) const {
+    bool back = now.time_since_epoch().count() >= back_.load(std::memory_order_relaxed);
+    return back ? 0 : lent_.load(std::memory_order_relaxed);
+  }
+
   // Leaves one core more to others for a while from now on.
   void lend(Clock::time_point now) {
-    size_t lent = now.time_since_epoch().count() < back_.load() ? lent_.load() : 0;
-    lent_ = std::min(lent + 1, cores_ - 1);
+    lent_ = std::min(lent(now) + 1, cores_ - 1);
     back_ = (now + WHILE).time_since_epoch().count();
   }
 
@@ -137,8 +140,8 @@ class Crew {
 
   const size_t cores_;
   std::atomic<size_t> runs_{0};
-  std::atomic<size_t> lent_{0};        // cores
-  std::atomic<Clock::rep> back_{0};    // when they come back
+  std::atomic<size_t> lent_{0};      // cores, until
+  std::atomic<Clock::rep> back_{0};  // they come back
   std::atomic<size_t> open_{0};  // places for helpers; changed with the lock held
   std::mutex lock_;
   std::condition_variable called_;

@@ -67,12 +67,11 @@ class Connection(TCPServer):
         """Close the connection once it has been idle for too long, or is when the server ends."""
         terminated = self.context.terminated
         while not terminated.is_set():
-            since = self.loop.time() if self._idle_since is None else self._idle_since
-            left = since + self.config.keep_alive_timeout - self.loop.time()
-            if left <= 0:
+            idle = 0.0 if self._idle_since is None else self.loop.time() - self._idle_since
+            if idle >= self.config.keep_alive_timeout:
                 break
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(terminated.wait(), left)
+                await asyncio.wait_for(terminated.wait(), self.config.keep_alive_timeout - idle)
         # One that is busy when the server ends is closed with its answer.
         if self._idle_since is not None:
             await asyncio.shield(self._initiate_server_close())
@@ -80,7 +79,8 @@ class Connection(TCPServer):
 
 async def serve(app: Any, settings: Config, sockets: Sockets, until: Callable[[], Awaitable[None]]) -> None:
     """Serve an ASGI application until `until` returns, and then let the requests in flight finish."""
-    # Hypercorn has no setting for it. Were it to look elsewhere some day, its own connections would do, at their cost.
+    # Hypercorn has no setting for it, so that its name is changed, which a type checker does not like. Were it to look
+    # elsewhere some day, its own connections would do, at their cost.
     run.TCPServer = Connection  # type: ignore[assignment,attr-defined]
     wrapped = wrap_app(app, settings.wsgi_max_body_size, "asgi")
     await run.worker_serve(wrapped, settings, sockets=sockets, shutdown_trigger=until)

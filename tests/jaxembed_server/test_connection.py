@@ -29,9 +29,7 @@ class Site:
     """
 
     def __init__(self, app: Application, keep_alive: float = 30) -> None:
-        settings = Config()
-        settings.keep_alive_timeout = keep_alive  # type: ignore[assignment]
-        settings.include_server_header = settings.include_date_header = False
+        settings = Config.from_mapping(keep_alive_timeout=keep_alive, include_date_header=False)
         listening = socket.create_server(("127.0.0.1", 0))
         listening.setblocking(False)
         self._clients: list[asyncio.StreamWriter] = []
@@ -58,9 +56,11 @@ class Site:
             with contextlib.suppress(ConnectionError):
                 await writer.wait_closed()
 
-    async def client(self) -> Client:
+    async def client(self, sent: bytes = b"") -> Client:
+        """A new one, which has sent this."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
         self._clients.append(writer)
+        writer.write(sent)
         return reader, writer
 
 
@@ -135,8 +135,7 @@ def test_an_answer_is_written_once(loop: Any, written: list[bytes]) -> None:
 def test_parts_do_not_wait_for_later_ones(loop: Any, written: list[bytes]) -> None:
     async def test() -> None:
         async with Site(answering(b"one", b"two", pause=0.05)) as site:
-            reader, writer = await site.client()
-            writer.write(GET)
+            reader, _ = await site.client(GET)
             assert await body_of(reader) == b"onetwo"
             assert [call[-3:] for call in written] == [b"one", b"two"]
 
@@ -147,8 +146,7 @@ def test_parts_do_not_wait_for_later_ones(loop: Any, written: list[bytes]) -> No
 def test_requests_sent_together_are_answered_in_order(loop: Any) -> None:
     async def test() -> None:
         async with Site(answering(b"some")) as site:
-            reader, writer = await site.client()
-            writer.write(GET * 20)
+            reader, _ = await site.client(GET * 20)
             assert [await body_of(reader) for _ in range(20)] == [b"some"] * 20
 
     run(loop, test)
@@ -166,8 +164,7 @@ def test_a_client_that_does_not_read_holds_its_answer_up(loop: Any) -> None:
 
     async def test() -> None:
         async with Site(app) as site:
-            reader, writer = await site.client()
-            writer.write(GET)
+            reader, _ = await site.client(GET)
             await asyncio.sleep(0.5)
             assert len(sent) < 32
             assert await body_of(reader) == MUCH * 64
@@ -189,13 +186,11 @@ def test_a_client_that_goes_ends_its_answer_alone(loop: Any) -> None:
 
     async def test() -> None:
         async with Site(app) as site:
-            _, writer = await site.client()
-            writer.write(GET.replace(b"/", b"/much", 1))
+            _, writer = await site.client(GET.replace(b"/", b"/much", 1))
             await asyncio.sleep(0.2)
             writer.transport.abort()
             await asyncio.wait_for(ended.wait(), 10)
-            reader, writer = await site.client()
-            writer.write(GET)
+            reader, _ = await site.client(GET)
             assert await body_of(reader) == b"well"
 
     run(loop, test)
@@ -205,8 +200,7 @@ def test_a_client_that_goes_ends_its_answer_alone(loop: Any) -> None:
 def test_garbage_is_answered_before_the_end(loop: Any) -> None:
     async def test() -> None:
         async with Site(answering(b"some")) as site:
-            reader, writer = await site.client()
-            writer.write(b"\x00\xff garbage\r\n\r\n")
+            reader, _ = await site.client(b"\x00\xff garbage\r\n\r\n")
             assert (await reader.read()).startswith(b"HTTP/1.1 400")
 
     run(loop, test)
@@ -217,8 +211,7 @@ def test_idle_connections_are_closed_and_busy_ones_are_not(loop: Any) -> None:
     async def test() -> None:
         async with Site(answering(b"slow", seconds=0.7), keep_alive=0.3) as site:
             silent, _ = await site.client()
-            reader, writer = await site.client()
-            writer.write(GET)
+            reader, _ = await site.client(GET)
             assert await silent.read() == b""
             assert await body_of(reader) == b"slow"
             answered = time.monotonic()
@@ -247,8 +240,7 @@ def test_a_server_that_ends_closes_what_is_idle_and_finishes_what_is_not(loop: A
     async def test() -> None:
         async with Site(answering(b"slow", seconds=0.5)) as site:
             idle, _ = await site.client()
-            reader, writer = await site.client()
-            writer.write(GET)
+            reader, _ = await site.client(GET)
             await asyncio.sleep(0.2)
             site.end.set()
             ending = time.monotonic()
