@@ -242,7 +242,8 @@ class Batcher:
             self._fail({row.flow for row in rows}, error)
         finally:
             with self._lock:
-                self._turns.over(taken)
+                if self._turns.over(taken):
+                    self._turn_came.notify_all()
                 self._wake()
         return True
 
@@ -265,10 +266,9 @@ class Batcher:
             self._work_came.notify()
 
     def _await_turn(self, taken: Taken[Job]) -> bool:
-        """Wait until the engine is free and no batch that is made is more urgent. False if the batch was given up."""
+        """Wait until the engine is free and no batch under way is more urgent. False if the batch was given up."""
         with self._lock:
             # In the order of urgency; a semaphore would let the same thread in again and again.
-            self._turns.prepare(taken)
             self._turn_came.wait_for(lambda: self._turns.may_run(taken))
             begun = self._turns.begin(taken, len(self._jobs))
             self._turn_came.notify_all()

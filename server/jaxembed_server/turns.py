@@ -6,7 +6,6 @@ Where all of them share cores, such a batch waits for each operation of two long
 one: so as long as short requests come, long batches run one at a time. So do outsize ones, for the sake of memory.
 """
 
-import heapq
 from collections.abc import Iterable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
@@ -67,9 +66,9 @@ class Turns(Generic[F]):
         self._shared = shared
         # Long batches until no more short requests are reckoned with.
         self._reckoned = 0
-        # Ordinary batches from `take` to `over`.
+        # Ordinary batches from `take` to `over`, and those of them that have not begun to run.
         self._ordinary = 0
-        self._prepared: list[Waiting[F]] = []
+        self._coming: list[Taken[F]] = []
         self._running: list[Taken[F]] = []
         self._beside: list[Taken[F]] = []
 
@@ -90,18 +89,17 @@ class Turns(Generic[F]):
             self._beside.append(taken)
             return taken
         if self._ordinary_wanted and (most := self._queue.take()) is not None:
+            taken = self._made(*most, beside=False)
             self._ordinary += 1
-            return self._made(*most, beside=False)
+            self._coming.append(taken)
+            return taken
         return None
 
-    def prepare(self, taken: Taken[F]) -> None:
-        """An ordinary batch is ready to run."""
-        heapq.heappush(self._prepared, taken.first)
-
     def may_run(self, taken: Taken[F]) -> bool:
-        """Whether it is the turn of a batch that is ready: the engine is free and none that is ready is more urgent."""
+        """Whether it is the turn of an ordinary batch that is ready: the engine is free and none that is under way is more
+        urgent, be it ready or not."""
         free = len(self._running) < self._allowed and not (self._shared and self._running and taken.outsize)
-        return free and self._prepared[0] is taken.first
+        return free and min(one.first for one in self._coming) is taken.first
 
     def begin(self, taken: Taken[F], flows: int) -> bool:
         """Let a batch run whose turn it is.
@@ -110,7 +108,7 @@ class Turns(Generic[F]):
             False if it is given up: by now something more urgent waits, or all its clients have gone. Its rows wait
             again.
         """
-        heapq.heappop(self._prepared)
+        self._gone(taken)
         if self._queue.outranks(taken.first) or all(row.flow.dead for row in taken.rows):
             self._queue.give_back(taken.rows)
             return False
@@ -123,12 +121,23 @@ class Turns(Generic[F]):
         """The engine is done with an ordinary batch."""
         self._running.remove(taken)
 
-    def over(self, taken: Taken[F]) -> None:
-        """All is done with a batch, whatever came of it."""
+    def over(self, taken: Taken[F]) -> bool:
+        """All is done with a batch, whatever came of it.
+
+        Returns:
+            True if it could not be made, so that it never began, and others may have waited for it to.
+        """
         if taken.beside:
             self._beside.remove(taken)
-        else:
-            self._ordinary -= 1
+            return False
+        self._ordinary -= 1
+        return self._gone(taken)
+
+    def _gone(self, taken: Taken[F]) -> bool:
+        """A batch is no longer one that will begin, if it was. Its rows may be in another one by now."""
+        before = len(self._coming)
+        self._coming = [one for one in self._coming if one is not taken]
+        return len(self._coming) < before
 
     @property
     def _allowed(self) -> int:

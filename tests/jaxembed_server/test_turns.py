@@ -25,17 +25,16 @@ def wait(queue: FairQueue[Flow], *lengths: int, priority: int = 0) -> Flow:
     return flow
 
 
-def prepared(turns: Turns[Flow]) -> Taken[Flow]:
-    """Take an ordinary batch and make it ready to run."""
+def ordinary(turns: Turns[Flow]) -> Taken[Flow]:
+    """Take an ordinary batch."""
     taken = turns.take(1)
     assert taken is not None and not taken.beside
-    turns.prepare(taken)
     return taken
 
 
 def run(turns: Turns[Flow]) -> Taken[Flow]:
     """Take an ordinary batch and let it run."""
-    taken = prepared(turns)
+    taken = ordinary(turns)
     assert turns.may_run(taken) and turns.begin(taken, 1)
     return taken
 
@@ -64,7 +63,7 @@ def test_as_many_at_a_time_as_the_engine_runs_and_one_ahead(
     wait(queue, *[8] * 40)
     running = [run(turns) for _ in range(at_a_time)]
     assert all(one.long and one.tokens == 32 for one in running)
-    ahead = prepared(turns)
+    ahead = ordinary(turns)
     assert not turns.may_run(ahead)
     assert turns.take(1) is None
     finish(turns, running[0])
@@ -101,7 +100,7 @@ def test_a_second_batch_on_shared_cores_once_it_would_be_half_as_large(queue: Fa
     assert turns.take(6) is None
     for _ in range(5):
         wait(queue, length)
-    assert not turns.may_run(prepared(turns))
+    assert not turns.may_run(ordinary(turns))
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -130,12 +129,12 @@ def test_long_batches_run_one_at_a_time_while_short_requests_come(queue: FairQue
         finish(turns, one)
     alone = run(turns)
     for _ in range(CALM - 1):
-        ahead = prepared(turns)
+        ahead = ordinary(turns)
         assert not turns.may_run(ahead)
         finish(turns, alone)
         assert turns.may_run(ahead) and turns.begin(ahead, 1)
         alone = ahead
-    assert turns.may_run(prepared(turns))
+    assert turns.may_run(ordinary(turns))
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -147,13 +146,13 @@ def test_a_batch_of_a_very_long_row_runs_alone_on_shared_cores(queue: FairQueue[
     wait(queue, *[8] * 4)
     first = run(turns)
     assert first.outsize
-    ahead = prepared(turns)
+    ahead = ordinary(turns)
     assert not ahead.outsize
     assert turns.may_run(ahead) == (not shared)
     finish(turns, first)
     assert turns.begin(ahead, 1)
     wait(queue, 90, priority=-1)
-    assert turns.may_run(prepared(turns)) == (not shared)
+    assert turns.may_run(ordinary(turns)) == (not shared)
 
 
 def test_long_batches_on_a_device_run_whatever_comes(queue: FairQueue[Flow]) -> None:
@@ -169,9 +168,7 @@ def test_a_batch_that_is_outranked_is_given_up(queue: FairQueue[Flow]) -> None:
     """Its rows wait again, behind what is more urgent; so is one that nobody waits for."""
     turns = Turns(queue, 1, shared=True)
     wait(queue, *[8] * 4, priority=1)
-    taken = turns.take(1)
-    assert taken is not None
-    turns.prepare(taken)
+    taken = ordinary(turns)
     urgent = wait(queue, 8)
     assert not turns.begin(taken, 2)
     turns.over(taken)
@@ -180,9 +177,45 @@ def test_a_batch_that_is_outranked_is_given_up(queue: FairQueue[Flow]) -> None:
     assert again.first.flow is urgent
     turns.end(again)
     turns.over(again)
-    last = turns.take(1)
-    assert last is not None
-    turns.prepare(last)
+    last = ordinary(turns)
     for row in last.rows:
         row.flow.dead = True
     assert not turns.begin(last, 0)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_batch_that_is_ready_first_waits_for_a_more_urgent_one(queue: FairQueue[Flow], shared: bool) -> None:
+    """It may be the larger one that is ready first, and behind it the other would wait for as long as it runs."""
+    turns = Turns(queue, 2, shared=shared)
+    query = wait(queue, 4)
+    wait(queue, *[8] * 12)
+    urgent, full = ordinary(turns), ordinary(turns)
+    assert urgent.first.flow is query
+    assert not turns.may_run(full)
+    assert turns.may_run(urgent) and turns.begin(urgent, 2)
+    # A batch that runs holds none up but by its place in the engine.
+    assert turns.may_run(full) == (not shared)
+    turns.end(urgent)
+    assert turns.may_run(full)
+
+
+def test_a_batch_that_could_not_be_made_holds_none_up(queue: FairQueue[Flow]) -> None:
+    turns = Turns(queue, 1, shared=True)
+    wait(queue, *[8] * 12)
+    failed, following = ordinary(turns), ordinary(turns)
+    assert not turns.may_run(following)
+    assert turns.over(failed)
+    assert turns.may_run(following)
+
+
+def test_a_batch_given_up_is_not_taken_for_the_next_one_with_its_rows(queue: FairQueue[Flow]) -> None:
+    turns = Turns(queue, 1, shared=True)
+    wait(queue, *[8] * 4, priority=1)
+    given_up = ordinary(turns)
+    urgent = wait(queue, 8)
+    assert not turns.begin(given_up, 2)
+    urgent.dead = True
+    again = ordinary(turns)
+    assert again.first == given_up.first
+    assert not turns.over(given_up)
+    assert turns.may_run(again) and turns.begin(again, 1)
