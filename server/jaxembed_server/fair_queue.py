@@ -76,14 +76,16 @@ class FairQueue(Generic[F]):
 
     def __init__(self, ladder: Ladder) -> None:
         self.ladder = ladder
-        self._heap: list[Waiting[F]] = []
+        # Rows of short requests and of long ones.
+        self._short: list[Waiting[F]] = []
+        self._long: list[Waiting[F]] = []
         self._tickets = itertools.count()
         # Virtual time: it goes by the tokens run over the number of flows that share the engine.
         self._clock = 0.0
         self.tokens = 0
 
     def __bool__(self) -> bool:
-        return bool(self._heap)
+        return bool(self._short or self._long)
 
     @property
     def full(self) -> bool:
@@ -96,7 +98,8 @@ class FairQueue(Generic[F]):
         tag = self._clock
         for item in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
             tag += lengths[item]
-            heapq.heappush(self._heap, Waiting(priority, tag, next(self._tickets), flow, item, lengths[item]))
+            row = Waiting(priority, tag, next(self._tickets), flow, item, lengths[item])
+            heapq.heappush(self._of(flow), row)
         self.tokens += flow.tokens
 
     def take(self) -> tuple[Bucket, list[Waiting[F]]] | None:
@@ -105,8 +108,8 @@ class FairQueue(Generic[F]):
         tokens = 0
         batches = max(WINDOW, WINDOW_TOKENS // self.ladder.batch_tokens)
         most, rows = batches * self.ladder.batch_tokens, batches * self.ladder.max_rows
-        while self._heap and tokens < most and len(window) < rows:
-            row = heapq.heappop(self._heap)
+        while self and tokens < most and len(window) < rows:
+            row = heapq.heappop(self._most_urgent)
             self.tokens -= row.length
             if not row.flow.dead:
                 window.append(row)
@@ -118,14 +121,15 @@ class FairQueue(Generic[F]):
         return flow.tokens * SHORT <= self.ladder.batch_tokens
 
     def take_short(self, room: int) -> tuple[Bucket, list[Waiting[F]]] | None:
-        """The next batch of short requests alone, of so many tokens at most; None if the most urgent row is of a long
-        one, or nothing waits."""
+        """The next batch of short requests alone, of so many tokens at most; None if none waits, or if a long one of a more
+        urgent priority does."""
         window: list[Waiting[F]] = []
-        while self._heap:
-            row = self._heap[0]
-            if not row.flow.dead and not (self.short(row.flow) and row.length <= room):
+        while self._short:
+            row = self._short[0]
+            behind = bool(self._long) and self._long[0].priority < row.priority
+            if not row.flow.dead and (behind or row.length > room):
                 break
-            heapq.heappop(self._heap)
+            heapq.heappop(self._short)
             self.tokens -= row.length
             if not row.flow.dead:
                 window.append(row)
@@ -145,12 +149,15 @@ class FairQueue(Generic[F]):
         """Let rows wait again in their old places."""
         for row in rows:
             if not row.flow.dead:
-                heapq.heappush(self._heap, row)
+                heapq.heappush(self._of(row.flow), row)
                 self.tokens += row.length
 
     def outranks(self, row: Waiting[F]) -> bool:
         """Whether a row that waits is more urgent than this one."""
-        return bool(self._heap) and self._heap[0] < row and not self._heap[0].flow.dead
+        if not self:
+            return False
+        first = self._most_urgent[0]
+        return first < row and not first.flow.dead
 
     def ran(self, rows: Sequence[Waiting[F]], flows: int) -> None:
         """Move virtual time on: these rows are being run while so many flows share the engine."""
@@ -158,5 +165,17 @@ class FairQueue(Generic[F]):
 
     def clear(self) -> None:
         """Forget all rows."""
-        self._heap.clear()
+        self._short.clear()
+        self._long.clear()
         self.tokens = 0
+
+    def _of(self, flow: Flow) -> list[Waiting[F]]:
+        """The heap that a flow's rows wait in."""
+        return self._short if self.short(flow) else self._long
+
+    @property
+    def _most_urgent(self) -> list[Waiting[F]]:
+        """The heap with the most urgent row; one of them is not empty."""
+        if not self._short or not self._long:
+            return self._short or self._long
+        return min(self._short, self._long, key=lambda heap: heap[0])

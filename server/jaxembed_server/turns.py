@@ -164,8 +164,9 @@ class Turns(Generic[F]):
 
     @property
     def _room_beside(self) -> int:
-        """Tokens of short requests that may start at once, beside the long batch that runs; 0 if none does."""
-        return self._queue.ladder.batch_tokens // SHORT if self._long_runs else 0
+        """Tokens of short requests that may start at once, beside a long batch that runs or will; 0 if none does."""
+        long = self._long_runs or any(one.long for one in self._coming)
+        return self._queue.ladder.batch_tokens // SHORT if long else 0
 
     def _half_of(self, batches: Iterable[Taken[F]]) -> bool:
         """Whether a batch of what waits would be at least half as large as these together."""

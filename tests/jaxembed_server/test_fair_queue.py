@@ -104,18 +104,34 @@ def test_full_is_a_whole_batch_of_tokens() -> None:
 
 
 def test_short_requests_can_be_taken_alone() -> None:
-    """Only while one of theirs is the most urgent, no more tokens than a part of the largest batch; dead ones go."""
+    """No more tokens than a part of the largest batch; dead ones go."""
     queue = FairQueue[Flow](Ladder([Bucket(1, 8), Bucket(2, 8), Bucket(4, 8)]))
     long, gone, *short = flow(8, 8), flow(2), flow(3), flow(3), flow(3)
     queue.add(long, 0)
     assert queue.take_short(8) is None
     gone.dead = True
     for one in (gone, *short):
-        queue.add(one, -1)
+        queue.add(one, 0)
     taken = queue.take_short(8)
     assert taken is not None
     assert [row.flow for row in taken[1]] == short[:2]
     assert [row.flow for row in queue.take_short(8)[1]] == short[2:]
     assert queue.take_short(8) is None
     assert queue.tokens == 16
+    assert [[row.flow for row in batch] for batch in drain(queue)] == [[long, long]]
+
+
+def test_short_requests_taken_alone_pass_long_ones_but_no_better_priority() -> None:
+    """Rows of a long request that were left over come before a new query, which need not wait for them."""
+    queue = FairQueue[Flow](Ladder([Bucket(1, 8), Bucket(2, 8), Bucket(4, 8)]))
+    long, query = flow(8, 8), flow(3)
+    queue.add(query, 0)
+    queue.add(long, -1)
+    assert queue.take_short(8) is None
+    assert sum(map(len, drain(queue))) == 3
+    queue.add(long, 0)
+    queue.ran([Waiting(0, 0.0, 0, long, 0, 8)] * 9, 1)
+    queue.add(query, 0)
+    taken = queue.take_short(8)
+    assert taken is not None and [row.flow for row in taken[1]] == [query]
     assert [[row.flow for row in batch] for batch in drain(queue)] == [[long, long]]

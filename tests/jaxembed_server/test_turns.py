@@ -77,7 +77,7 @@ def test_a_batch_on_a_device_is_made_ahead_only_if_it_would_be_full(queue: FairQ
     wait(queue, *[8] * 7)
     run(turns)
     assert turns.take(1) is None
-    wait(queue, 8)
+    wait(queue, 8, 8)
     assert turns.wanted
     ahead = turns.take(1)
     assert ahead is not None and ahead.tokens == 32
@@ -197,6 +197,18 @@ def test_a_batch_that_is_ready_first_waits_for_a_more_urgent_one(queue: FairQueu
     assert turns.may_run(full) == (not shared)
     turns.end(urgent)
     assert turns.may_run(full)
+
+
+def test_short_requests_run_beside_a_long_batch_that_is_being_made(queue: FairQueue[Flow]) -> None:
+    """They would wait for its end if they were in the one after it."""
+    turns = Turns(queue, 2, shared=True)
+    wait(queue, *[8] * 12)
+    coming = ordinary(turns)
+    query = wait(queue, 4)
+    assert turns.wanted
+    beside = turns.take(2)
+    assert beside is not None and beside.beside and beside.first.flow is query
+    assert turns.may_run(coming)
 
 
 def test_a_batch_that_could_not_be_made_holds_none_up(queue: FairQueue[Flow]) -> None:
