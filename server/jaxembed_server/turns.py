@@ -96,8 +96,8 @@ class Turns(Generic[F]):
         return None
 
     def may_run(self, taken: Taken[F]) -> bool:
-        """Whether it is the turn of an ordinary batch that is ready: the engine is free and none that is under way is more
-        urgent, be it ready or not."""
+        """Whether it is the turn of an ordinary batch that is ready: the engine is free, and of those that have not begun,
+        ready or not, none is more urgent."""
         free = len(self._running) < self._allowed and not (self._shared and self._running and taken.outsize)
         return free and min(one.first for one in self._coming) is taken.first
 
