@@ -16,16 +16,14 @@ from jaxembed.attention import attention
 from jaxembed.configs import check_heads, read_fields
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.layers import (
-    Embedding,
     LayerNorm,
     Linear,
-    LookUp,
     activation,
-    embedded,
     feed_forward,
     linear_norm,
     linears,
 )
+from jaxembed.lookups import TokenTables, embedded
 from jaxembed.tokens import Rows, Tokens
 
 __all__ = [
@@ -79,7 +77,7 @@ class BertConfig:
         return read
 
 
-class BertEmbeddings(nnx.Module):
+class BertEmbeddings(TokenTables):
     """Word + position + token type, normalised.
 
     Args:
@@ -101,31 +99,20 @@ class BertEmbeddings(nnx.Module):
         padding: int | None = None,
     ) -> None:
         size = width or config.hidden_size
-        self.word = Embedding((config.vocab_size, size), ("vocab", "embed"), dtype)
-        self.position = Embedding((config.max_position_embeddings, size), ("position", "embed"), dtype)
-        types = config.type_vocab_size
-        self.token_type = Embedding((types, size), ("token_type", "embed"), dtype) if types else None
+        positions, types = config.max_position_embeddings, config.type_vocab_size
+        super().__init__(config.vocab_size, size, dtype, positions=positions, types=types)
         self.norm = LayerNorm(size, config.layer_norm_eps)
         self.projection = Linear((size, config.hidden_size), ("embed", "embed"), dtype) if project else None
-        self.types = types
         self.padding = padding
 
     def __call__(self, tokens: Tokens) -> Float[Array, "L M D"]:
         x = embedded(self.lookups(tokens), self.norm)
         return x if self.projection is None else self.projection(x)
 
-    def lookups(self, tokens: Tokens) -> list[LookUp]:
-        """What is summed up and normalised: all that is known of each token."""
-        found = [(self.word, tokens.input_ids), (self.position, self.places(tokens))]
-        if self.token_type is not None:
-            # With one type only, both texts of a pair are of it.
-            found.append((self.token_type, jnp.minimum(tokens.token_types, self.types - 1)))
-        return found
-
     def places(self, tokens: Tokens) -> Int[Array, "_ M"]:
         """The row of the position table for each token."""
         if self.padding is None:
-            return tokens.rows.places
+            return super().places(tokens)
         real = (tokens.input_ids != self.padding).astype(jnp.int32)
         counted = jnp.cumsum(tokens.rows.apart(real), axis=1, dtype=jnp.int32)
         return self.padding + real * tokens.rows.together(counted)

@@ -12,7 +12,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxembed.attention import attention
-from jaxembed.layers import Embedding, LayerNorm, Linear, activation, embedded, gated_feed_forward, linear_norm, linears
+from jaxembed.layers import LayerNorm, Linear, activation, gated_feed_forward, linear_norm, linears
+from jaxembed.lookups import TokenTables, embedded
 from jaxembed.rotary import Turn
 from jaxembed.tokens import Rows, Tokens
 
@@ -107,7 +108,7 @@ class GatedLayer(nnx.Module):
         return linear_norm(mixed, self.output, x, self.attention_norm)
 
 
-class WordEmbeddings(nnx.Module):
+class WordEmbeddings(TokenTables):
     """Word + token type, normalised; places are told elsewhere.
 
     Args:
@@ -119,14 +120,8 @@ class WordEmbeddings(nnx.Module):
     """
 
     def __init__(self, vocab: int, width: int, types: int, eps: float, dtype: str) -> None:
-        self.word = Embedding((vocab, width), ("vocab", "embed"), dtype)
-        self.token_type = Embedding((types, width), ("token_type", "embed"), dtype) if types else None
+        super().__init__(vocab, width, dtype, types=types)
         self.norm = LayerNorm(width, eps)
-        self.types = types
 
     def __call__(self, tokens: Tokens) -> Float[Array, "L M D"]:
-        lookups = [(self.word, tokens.input_ids)]
-        if self.token_type is not None:
-            # With one type only, both texts of a pair are of it.
-            lookups.append((self.token_type, jnp.minimum(tokens.token_types, self.types - 1)))
-        return embedded(lookups, self.norm)
+        return embedded(self.lookups(tokens), self.norm)

@@ -21,10 +21,9 @@ __all__ = [
     "Embedding",
     "LayerNorm",
     "Linear",
-    "LookUp",
     "RMSNorm",
     "activation",
-    "embedded",
+    "by_cpu_kernels",
     "feed_forward",
     "gated_feed_forward",
     "layer_norm",
@@ -33,7 +32,6 @@ __all__ = [
     "linears",
     "matmul",
     "parameter",
-    "summed",
 ]
 
 FLOAT32 = jnp.dtype("float32")
@@ -214,25 +212,6 @@ def feed_forward(
     if act in cpu_kernels.ACTIVATIONS and by_cpu_kernels(x, [up.kernel, down.kernel]):
         return cpu_kernels.feed_forward(x, up.matrix, down.matrix, act, norm.numbers, tokens=tokens_there(x))
     return linear_norm(up(x, act), down, x, norm)
-
-
-LookUp = tuple[Embedding, Int[Array, "_ _"]]
-"""A table and ids."""
-
-
-def summed(lookups: Sequence[LookUp]) -> Float[Array, "L M D"]:
-    """The sum of what each table has for its ids. Those of the first are [L, M], others may have axes of size 1."""
-    first, *others = (embedding(ids) for embedding, ids in lookups)
-    return sum(others, first)
-
-
-def embedded(lookups: Sequence[LookUp], norm: LayerNorm) -> Float[Array, "L M D"]:
-    """norm(`summed`); up to `Kernels.cpu_tokens` tokens by one of `cpu_kernels`."""
-    ids = lookups[0][1]
-    if by_cpu_kernels(ids, [embedding.table for embedding, _ in lookups]):
-        tables = [(embedding.table[...], ids) for embedding, ids in lookups]
-        return cpu_kernels.embed(tables, norm.numbers, tokens=tokens_there(ids))
-    return norm(summed(lookups))
 
 
 def gated_feed_forward(

@@ -27,14 +27,13 @@ from jaxembed.layers import (
     LayerNorm,
     Linear,
     activation,
-    embedded,
     feed_forward,
     linear_norm,
     linears,
     matmul,
     parameter,
-    summed,
 )
+from jaxembed.lookups import TokenTables, embedded, summed
 from jaxembed.plain_attention import split_heads
 from jaxembed.relative import distances, skew
 from jaxembed.tokens import Rows, Tokens
@@ -187,7 +186,7 @@ class RelativeTable(nnx.Module):
         )
 
 
-class Embeddings(nnx.Module):
+class Embeddings(TokenTables):
     """Word (+ position) (+ token type), mapped to D where the tables are of another width, normalised.
 
     Args:
@@ -197,20 +196,13 @@ class Embeddings(nnx.Module):
 
     def __init__(self, config: Config, dtype: str) -> None:
         size, width, types = config.embedding_size, config.hidden_size, config.type_vocab_size
-        places = config.max_position_embeddings if config.position_biased_input else 0
-        self.word = Embedding((config.vocab_size, size), ("vocab", "embed"), dtype)
-        self.position = Embedding((places, size), ("position", "embed"), dtype) if places else None
-        self.token_type = Embedding((types, size), ("token_type", "embed"), dtype) if types else None
+        positions = config.max_position_embeddings if config.position_biased_input else 0
+        super().__init__(config.vocab_size, size, dtype, positions=positions, types=types)
         self.projection = Linear((size, width), ("embed", "embed"), dtype, bias=False) if size != width else None
         self.norm = LayerNorm(width, config.layer_norm_eps)
-        self.types = types
 
     def __call__(self, tokens: Tokens) -> Float[Array, "L M D"]:
-        lookups = [(self.word, tokens.input_ids)]
-        if self.position is not None:
-            lookups.append((self.position, tokens.rows.places))
-        if self.token_type is not None:
-            lookups.append((self.token_type, jnp.minimum(tokens.token_types, self.types - 1)))
+        lookups = self.lookups(tokens)
         if self.projection is None:
             return embedded(lookups, self.norm)
         return self.norm(self.projection(summed(lookups)))

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxembed.architecture import Architecture, Weight, Weights
 from jaxembed.blocks import BERT_WEIGHTS, OLD_NORM_NAMES, BertConfig, BertEmbeddings, PostNormEncoder
 from jaxembed.heads import BERT_HEADS
-from jaxembed.layers import Embedding, LookUp
+from jaxembed.layers import Embedding
+from jaxembed.lookups import LookUp
 from jaxembed.tokens import Tokens
 
 __all__ = ["ARCHITECTURE", "Config", "Embeddings", "build"]

@@ -21,7 +21,8 @@ from jaxembed.configs import check_heads, read_fields
 from jaxembed.errors import UnsupportedModelError
 from jaxembed.gated import GatedMLP
 from jaxembed.heads import Classifier, MaskedLM, count_labels, shares_word_table
-from jaxembed.layers import Embedding, LayerNorm, Linear, activation, embedded, linears
+from jaxembed.layers import Embedding, LayerNorm, Linear, activation, linears
+from jaxembed.lookups import embedded
 from jaxembed.rotary import Rotary, Turn, read_rotary
 from jaxembed.tokens import Rows, Tokens
 from jaxembed.types import PoolingMode

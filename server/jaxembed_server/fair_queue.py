@@ -121,8 +121,8 @@ class FairQueue(Generic[F]):
         return flow.tokens * SHORT <= self.ladder.batch_tokens
 
     def take_short(self, room: int) -> tuple[Bucket, list[Waiting[F]]] | None:
-        """The next batch of short requests alone, of so many tokens at most; None if there are none, or if a long one of a
-        more urgent priority waits."""
+        """The next batch of short requests alone, of so many tokens at most; None if there are none, or if a long one
+        with a more urgent priority waits."""
         window: list[Waiting[F]] = []
         while self._short:
             row = self._short[0]

@@ -96,10 +96,16 @@ class Turns(Generic[F]):
         return None
 
     def may_run(self, taken: Taken[F]) -> bool:
-        """Whether it is the turn of an ordinary batch that is ready: the engine is free, and of those that have not begun,
-        ready or not, none is more urgent."""
-        free = len(self._running) < self._allowed and not (self._shared and self._running and taken.outsize)
-        return free and min(one.first for one in self._coming) is taken.first
+        """Whether it is the turn of an ordinary batch that is ready.
+
+        The engine is free, and will be for those that are more urgent and have not begun, be they ready or not. A device
+        takes one batch after the other: there none may be more urgent.
+        """
+        if len(self._running) >= self._allowed(self._running) or (self._shared and self._running and taken.outsize):
+            return False
+        ahead = sum(one.first < taken.first for one in self._coming)
+        with_it = [*self._running, taken]
+        return not ahead or (self._shared and len(with_it) + ahead <= self._allowed(with_it))
 
     def begin(self, taken: Taken[F], flows: int) -> bool:
         """Let a batch run whose turn it is.
@@ -139,15 +145,10 @@ class Turns(Generic[F]):
         self._coming = [one for one in self._coming if one is not taken]
         return len(self._coming) < before
 
-    @property
-    def _allowed(self) -> int:
-        """Ordinary batches that may run at a time now."""
-        alone = (self._reckoned and self._long_runs) or any(one.outsize for one in self._running)
+    def _allowed(self, running: Sequence[Taken[F]]) -> int:
+        """Ordinary batches that may run at a time, if these do."""
+        alone = (self._reckoned and any(one.long for one in running)) or any(one.outsize for one in running)
         return 1 if self._shared and alone else self._at_a_time
-
-    @property
-    def _long_runs(self) -> bool:
-        return any(one.long for one in self._running)
 
     @property
     def _ordinary_wanted(self) -> bool:
@@ -159,13 +160,14 @@ class Turns(Generic[F]):
         if not self._ordinary:
             # Beside a batch that is left over from before, one of a row or two would not pay either.
             return self._half_of(self._beside)
-        second = bool(self._shared and self._running and not self._beside and self._ordinary < self._allowed)
-        return (second and self._half_of(self._running)) or (self._queue.full and self._ordinary <= self._allowed)
+        allowed = self._allowed(self._running)
+        second = bool(self._shared and self._running and not self._beside and self._ordinary < allowed)
+        return (second and self._half_of(self._running)) or (self._queue.full and self._ordinary <= allowed)
 
     @property
     def _room_beside(self) -> int:
         """Tokens of short requests that may start at once, beside a long batch that runs or will; 0 if none does."""
-        long = self._long_runs or any(one.long for one in self._coming)
+        long = any(one.long for one in (*self._running, *self._coming))
         return self._queue.ladder.batch_tokens // SHORT if long else 0
 
     def _half_of(self, batches: Iterable[Taken[F]]) -> bool:

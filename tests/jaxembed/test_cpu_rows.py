@@ -12,7 +12,8 @@ import pytest
 
 from jaxembed import cpu_kernels, cpu_library, make_mesh
 from jaxembed.kernels import Kernels, Line, right_padded
-from jaxembed.layers import Embedding, LayerNorm, embedded
+from jaxembed.layers import Embedding, LayerNorm
+from jaxembed.lookups import embedded
 from jaxembed.tokens import Rows
 
 Floats = npt.NDArray[np.float32]

@@ -211,6 +211,17 @@ def test_short_requests_run_beside_a_long_batch_that_is_being_made(queue: FairQu
     assert turns.may_run(coming)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_batch_that_is_ready_first_runs_where_there_is_room_for_both(queue: FairQueue[Flow], shared: bool) -> None:
+    """On a CPU they run side by side; a device would take the less urgent one first."""
+    turns = Turns(queue, 2, shared=shared)
+    for _ in range(8):
+        wait(queue, 8)
+    urgent, ready = ordinary(turns), ordinary(turns)
+    assert turns.may_run(ready) == shared
+    assert turns.may_run(urgent)
+
+
 def test_a_batch_that_could_not_be_made_holds_none_up(queue: FairQueue[Flow]) -> None:
     turns = Turns(queue, 1, shared=True)
     wait(queue, *[8] * 12)
