@@ -98,8 +98,8 @@ class Turns(Generic[F]):
     def may_run(self, taken: Taken[F]) -> bool:
         """Whether it is the turn of an ordinary batch that is ready.
 
-        The engine is free, and will be for those that are more urgent and have not begun, be they ready or not. A device
-        takes one batch after the other: there none may be more urgent.
+        The engine is free, and will be for those that are more urgent and have not begun, ready or not. A device takes
+        one batch after the other: there none may be more urgent.
         """
         if len(self._running) >= self._allowed(self._running) or (self._shared and self._running and taken.outsize):
             return False
