@@ -108,12 +108,9 @@ class FairQueue(Generic[F]):
         tokens = 0
         batches = max(WINDOW, WINDOW_TOKENS // self.ladder.batch_tokens)
         most, rows = batches * self.ladder.batch_tokens, batches * self.ladder.max_rows
-        while self and tokens < most and len(window) < rows:
-            row = heapq.heappop(self._most_urgent)
-            self.tokens -= row.length
-            if not row.flow.dead:
-                window.append(row)
-                tokens += row.length
+        while tokens < most and len(window) < rows and (heap := self._most_urgent):
+            window.append(row := self._pop(heap))
+            tokens += row.length
         return self._planned(window)
 
     def short(self, flow: Flow) -> bool:
@@ -124,16 +121,12 @@ class FairQueue(Generic[F]):
         """The next batch of short requests alone, of so many tokens at most; None if there are none, or if a long one
         with a more urgent priority waits."""
         window: list[Waiting[F]] = []
-        while self._short:
-            row = self._short[0]
-            behind = bool(self._long) and self._long[0].priority < row.priority
-            if not row.flow.dead and (behind or row.length > room):
+        long = self._first(self._long)
+        while (row := self._first(self._short)) is not None and row.length <= room:
+            if long is not None and long.priority < row.priority:
                 break
-            heapq.heappop(self._short)
-            self.tokens -= row.length
-            if not row.flow.dead:
-                window.append(row)
-                room -= row.length
+            window.append(self._pop(self._short))
+            room -= row.length
         return self._planned(window)
 
     def _planned(self, window: list[Waiting[F]]) -> tuple[Bucket, list[Waiting[F]]] | None:
@@ -154,10 +147,8 @@ class FairQueue(Generic[F]):
 
     def outranks(self, row: Waiting[F]) -> bool:
         """Whether a row that waits is more urgent than this one."""
-        if not self:
-            return False
-        first = self._most_urgent[0]
-        return first < row and not first.flow.dead
+        heap = self._most_urgent
+        return bool(heap) and heap[0] < row
 
     def ran(self, rows: Sequence[Waiting[F]], flows: int) -> None:
         """Move virtual time on: these rows are being run while so many flows share the engine."""
@@ -173,9 +164,20 @@ class FairQueue(Generic[F]):
         """The heap that a flow's rows wait in."""
         return self._short if self.short(flow) else self._long
 
+    def _pop(self, heap: list[Waiting[F]]) -> Waiting[F]:
+        """Take the first row of a heap."""
+        row = heapq.heappop(heap)
+        self.tokens -= row.length
+        return row
+
+    def _first(self, heap: list[Waiting[F]]) -> Waiting[F] | None:
+        """The first row of a heap that somebody waits for; those of dead flows before it are dropped."""
+        while heap and heap[0].flow.dead:
+            self._pop(heap)
+        return heap[0] if heap else None
+
     @property
     def _most_urgent(self) -> list[Waiting[F]]:
-        """The heap with the most urgent row; one of them is not empty."""
-        if not self._short or not self._long:
-            return self._short or self._long
-        return min(self._short, self._long, key=lambda heap: heap[0])
+        """The heap that begins with the most urgent row that somebody waits for; an empty one if nobody does."""
+        short, long = self._first(self._short), self._first(self._long)
+        return self._long if short is None or (long is not None and long < short) else self._short

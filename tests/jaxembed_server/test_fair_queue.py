@@ -135,3 +135,16 @@ def test_short_requests_taken_alone_pass_long_ones_but_no_better_priority() -> N
     taken = queue.take_short(8)
     assert taken is not None and [row.flow for row in taken[1]] == [query]
     assert [[row.flow for row in batch] for batch in drain(queue)] == [[long, long]]
+
+
+def test_rows_of_a_dead_flow_hold_nobody_up() -> None:
+    queue = FairQueue[Flow](Ladder([Bucket(1, 8), Bucket(2, 8), Bucket(4, 8)]))
+    gone, long, query = flow(8, 8), flow(8, 8), flow(3)
+    queue.add(gone, -1)
+    queue.add(long, 0)
+    queue.add(query, 0)
+    gone.dead = True
+    assert queue.outranks(Waiting(1, 0.0, 0, long, 0, 8))
+    taken = queue.take_short(8)
+    assert taken is not None and [row.flow for row in taken[1]] == [query]
+    assert queue.tokens == 16

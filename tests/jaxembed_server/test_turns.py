@@ -164,13 +164,19 @@ def test_long_batches_on_a_device_run_whatever_comes(queue: FairQueue[Flow]) -> 
     run(turns)
 
 
-def test_a_batch_that_is_outranked_is_given_up(queue: FairQueue[Flow]) -> None:
-    """Its rows wait again, behind what is more urgent; so is one that nobody waits for."""
+def outranked(queue: FairQueue[Flow]) -> tuple[Turns[Flow], Taken[Flow], Flow]:
+    """Turns, a batch that was given up for a more urgent request, and that request."""
     turns = Turns(queue, 1, shared=True)
     wait(queue, *[8] * 4, priority=1)
     taken = ordinary(turns)
     urgent = wait(queue, 8)
     assert not turns.begin(taken, 2)
+    return turns, taken, urgent
+
+
+def test_a_batch_that_is_outranked_is_given_up(queue: FairQueue[Flow]) -> None:
+    """Its rows wait again, behind what is more urgent; so is one that nobody waits for."""
+    turns, taken, urgent = outranked(queue)
     turns.over(taken)
     assert queue.tokens == 40
     again = run(turns)
@@ -232,11 +238,7 @@ def test_a_batch_that_could_not_be_made_holds_none_up(queue: FairQueue[Flow]) ->
 
 
 def test_a_batch_given_up_is_not_taken_for_the_next_one_with_its_rows(queue: FairQueue[Flow]) -> None:
-    turns = Turns(queue, 1, shared=True)
-    wait(queue, *[8] * 4, priority=1)
-    given_up = ordinary(turns)
-    urgent = wait(queue, 8)
-    assert not turns.begin(given_up, 2)
+    turns, given_up, urgent = outranked(queue)
     urgent.dead = True
     again = ordinary(turns)
     assert again.first == given_up.first
