@@ -13,13 +13,13 @@
 #include <cstdint>
 #include <cstring>
 
-#include "pairs.h"
+#include "vectors.h"
 
 namespace jaxembed::amx {
 
-constexpr size_t SIDE = 16;          // rows of a tile, or tokens
-constexpr size_t ROW = 64;           // bytes of a row
-constexpr size_t SIZE = SIDE * ROW;  // bytes of a tile
+constexpr size_t SIDE = 16;               // rows of a tile, or tokens
+constexpr size_t ROW = 64;                // bytes of a row
+constexpr size_t WORDS = SIDE * ROW / 4;  // of a tile: each two numbers in bfloat16, or one sum
 
 // Linux lets a process use the unit once it has asked.
 inline bool allowed() {
@@ -28,7 +28,9 @@ inline bool allowed() {
   return yes;
 }
 
-// While one exists its thread has eight tiles: sums in 0 to 3, a kernel's rows in 4 and 5, tokens in 6 and 7.
+// While one exists its thread has four tiles: sums in 0 and 1, a kernel's rows in 2, tokens in 3. There are eight, but what a
+// tile held until it was written anew takes up one of few that the processor has; where two threads share a core these do not
+// suffice for eight to be read while others are multiplied (docs/performance/cpu-kernels.md).
 class Tiles {
  public:
   Tiles() {
@@ -37,7 +39,7 @@ class Tiles {
       uint16_t bytes[16] = {};
       uint8_t rows[16] = {};
     } config;
-    for (size_t i = 0; i < 8; i++) config.bytes[i] = ROW, config.rows[i] = SIDE;
+    for (size_t i = 0; i < 4; i++) config.bytes[i] = ROW, config.rows[i] = SIDE;
     asm volatile("ldtilecfg %0" ::"m"(config));
   }
   ~Tiles() { asm volatile("tilerelease"); }
@@ -47,47 +49,47 @@ class Tiles {
 
 // The instructions. `apart` is the distance of rows in bytes.
 template <size_t T> inline void zero() { asm volatile("tilezero %%tmm%c0" ::"i"(T)); }
-template <size_t T> inline void read(const char* from, size_t apart) {
+template <size_t T> inline void read(const void* from, size_t apart) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(apart), "i"(T) : "memory");
 }
-template <size_t T> inline void write(float* to, size_t apart) {
+template <size_t T> inline void write(void* to, size_t apart) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(apart), "i"(T) : "memory");
 }
 template <size_t Sum, size_t A, size_t B> inline void multiply_add() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sum), "i"(A), "i"(B));
 }
 
-// out [16 R, 16 C] = 16 R rows of a kernel [_, depth] in bfloat16 times C panels of 16 tokens' words, `panels_apart` of these from
-// one another.
-template <size_t R, size_t C>
-inline void multiply(const void* kernel, const float* words, size_t depth, size_t panels_apart, float* out, size_t out_apart) {
-  const char *rows = static_cast<const char*>(kernel), *tokens = reinterpret_cast<const char*>(words);
-  zero<0>();
-  if constexpr (C > 1) zero<1>();
-  if constexpr (R > 1) zero<2>();
-  if constexpr (R > 1 && C > 1) zero<3>();
-  const size_t apart = 2 * depth, next = panels_apart * sizeof(float);
-  for (size_t k = 0; k < depth; k += STEP, rows += ROW, tokens += SIZE) {
-    // Rows lie apart, and nothing else calls what comes next of each into the cache.
-    for (size_t r = 0; r < R * SIDE; r++) __builtin_prefetch(rows + r * apart + 2 * ROW);
-    read<4>(rows, apart);
-    read<6>(tokens, ROW);
-    multiply_add<0, 4, 6>();
-    if constexpr (C > 1) {
-      read<7>(tokens + next, ROW);
-      multiply_add<1, 4, 7>();
-    }
-    if constexpr (R > 1) {
-      read<5>(rows + SIDE * apart, apart);
-      multiply_add<2, 5, 6>();
-    }
-    if constexpr (R > 1 && C > 1) multiply_add<3, 5, 7>();
-  }
+// out [16 R, 16] = 16 R rows of a kernel, `apart` bytes from one another, times `depth` features of a tile's width of tokens'
+// words; added to what is there if `more`. Where rows come from beyond the first cache, `far` calls them into it.
+template <size_t R>
+inline void multiply(const void* kernel, size_t apart, const float* words, size_t depth, bool far, bool more, float* out,
+                     size_t out_apart) {
+  static_assert(R == 1 || R == 2);
   const size_t out_bytes = out_apart * sizeof(float);
+  float* second = out + SIDE * out_apart;
+  if (more) {
+    read<0>(out, out_bytes);
+    if constexpr (R > 1) read<1>(second, out_bytes);
+  } else {
+    zero<0>();
+    if constexpr (R > 1) zero<1>();
+  }
+  const char* rows = static_cast<const char*>(kernel);
+  for (size_t k = 0; k < depth; k += STEP, rows += ROW, words += WORDS) {
+    if (far) {
+      // They lie apart, and nothing else calls what comes next of each into the cache.
+      for (size_t r = 0; r < R * SIDE; r++) __builtin_prefetch(rows + r * apart + 2 * ROW);
+    }
+    read<3>(words, ROW);
+    read<2>(rows, apart);
+    multiply_add<0, 2, 3>();
+    if constexpr (R > 1) {
+      read<2>(rows + SIDE * apart, apart);
+      multiply_add<1, 2, 3>();
+    }
+  }
   write<0>(out, out_bytes);
-  if constexpr (C > 1) write<1>(out + SIDE, out_bytes);
-  if constexpr (R > 1) write<2>(out + SIDE * out_apart, out_bytes);
-  if constexpr (R > 1 && C > 1) write<3>(out + SIDE * out_apart + SIDE, out_bytes);
+  if constexpr (R > 1) write<1>(second, out_bytes);
 }
 
 }  // namespace jaxembed::amx

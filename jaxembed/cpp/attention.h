@@ -134,7 +134,10 @@ struct PairsByAmx {
   static constexpr size_t ROWS = 2 * amx::SIDE, PANEL = amx::SIDE;
   void times(size_t rows, const float* words, size_t depth, const float* panels, size_t apart, float* out,
              size_t out_apart) const {
-    (rows > amx::SIDE ? amx::multiply<2, 2> : amx::multiply<1, 2>)(words, panels, 2 * depth, apart, out, out_apart);
+    const auto multiply = rows > amx::SIDE ? amx::multiply<2> : amx::multiply<1>;
+    for (size_t c = 0; c < STEP; c += PANEL, panels += apart) {
+      multiply(words, depth * sizeof(float), panels, 2 * depth, false, false, out + c, out_apart);
+    }
   }
   const amx::Tiles configured;
 };

@@ -22,6 +22,11 @@ constexpr size_t LINE = 16;         // numbers of a line of the cache
 constexpr size_t EIGHT = 8;
 constexpr size_t STEP = 2 * LANES;  // tokens, or features, that attention and pairs of numbers go by
 
+// Numbers as they lie in a line of the cache.
+struct alignas(LINE * sizeof(float)) Line {
+  float numbers[LINE];
+};
+
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
 typedef uint32_t Words __attribute__((vector_size(LANES * sizeof(uint32_t))));
 typedef float Eight __attribute__((vector_size(EIGHT * sizeof(float))));
