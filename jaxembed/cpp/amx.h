@@ -17,9 +17,10 @@
 
 namespace jaxembed::amx {
 
-constexpr size_t SIDE = 16;               // rows of a tile, or tokens
-constexpr size_t ROW = 64;                // bytes of a row
-constexpr size_t WORDS = SIDE * ROW / 4;  // of a tile: each two numbers in bfloat16, or one sum
+constexpr size_t SIDE = 16;          // rows of a tile, or tokens
+constexpr size_t ROW = 64;           // bytes of a row
+constexpr size_t SIZE = SIDE * ROW;  // bytes of a tile
+constexpr size_t WORDS = SIZE / 4;   // each two numbers in bfloat16, or one sum
 
 // Linux lets a process use the unit once it has asked.
 inline bool allowed() {
@@ -59,12 +60,14 @@ template <size_t Sum, size_t A, size_t B> inline void multiply_add() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sum), "i"(A), "i"(B));
 }
 
-// out [16 R, 16] = 16 R rows of a kernel, `apart` bytes from one another, times `depth` features of a tile's width of tokens'
-// words; added to what is there if `more`. Where rows come from beyond the first cache, `far` calls them into it.
-template <size_t R>
+// out [16 R, 16] = 16 R rows of a kernel, `apart` bytes from one another, times `depth` features of 16 tokens; added to what is
+// there if `more`. Where rows come from beyond the first cache, `far` calls them into it. A number is the sum of `Pieces` in
+// bfloat16, each of which is smaller than the one before: then 32 features are as many tiles, of rows as of tokens, and
+// the smallest products, of pieces whose places sum up to more than the last one's, are left out.
+template <size_t R, size_t Pieces>
 inline void multiply(const void* kernel, size_t apart, const float* words, size_t depth, bool far, bool more, float* out,
                      size_t out_apart) {
-  static_assert(R == 1 || R == 2);
+  static_assert(Pieces == 1 ? R == 1 || R == 2 : R == 1);
   const size_t out_bytes = out_apart * sizeof(float);
   float* second = out + SIDE * out_apart;
   if (more) {
@@ -75,18 +78,23 @@ inline void multiply(const void* kernel, size_t apart, const float* words, size_
     if constexpr (R > 1) zero<1>();
   }
   const char* rows = static_cast<const char*>(kernel);
-  for (size_t k = 0; k < depth; k += STEP, rows += ROW, words += WORDS) {
+  for (size_t k = 0; k < depth; k += STEP, rows += Pieces == 1 ? ROW : Pieces * SIZE, words += Pieces * WORDS) {
     if (far) {
       // They lie apart, and nothing else calls what comes next of each into the cache.
       for (size_t r = 0; r < R * SIDE; r++) __builtin_prefetch(rows + r * apart + 2 * ROW);
     }
-    read<3>(words, ROW);
-    read<2>(rows, apart);
-    multiply_add<0, 2, 3>();
-    if constexpr (R > 1) {
-      read<2>(rows + SIDE * apart, apart);
-      multiply_add<1, 2, 3>();
-    }
+    unrolled<Pieces>([&](auto i) INLINED {
+      constexpr size_t last = i, place = Pieces - 1 - last;
+      read<3>(words + place * WORDS, ROW);
+      unrolled<last + 1>([&](auto piece) INLINED {
+        read<2>(rows + piece * SIZE, apart);
+        multiply_add<0, 2, 3>();
+        if constexpr (R > 1) {
+          read<2>(rows + SIDE * apart, apart);
+          multiply_add<1, 2, 3>();
+        }
+      });
+    });
   }
   write<0>(out, out_bytes);
   if constexpr (R > 1) write<1>(second, out_bytes);

@@ -134,7 +134,7 @@ struct PairsByAmx {
   static constexpr size_t ROWS = 2 * amx::SIDE, PANEL = amx::SIDE;
   void times(size_t rows, const float* words, size_t depth, const float* panels, size_t apart, float* out,
              size_t out_apart) const {
-    const auto multiply = rows > amx::SIDE ? amx::multiply<2> : amx::multiply<1>;
+    const auto multiply = rows > amx::SIDE ? amx::multiply<2, 1> : amx::multiply<1, 1>;
     for (size_t c = 0; c < STEP; c += PANEL, panels += apart) {
       multiply(words, depth * sizeof(float), panels, 2 * depth, false, false, out + c, out_apart);
     }

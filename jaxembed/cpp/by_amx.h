@@ -1,5 +1,5 @@
-// Products with weights in bfloat16, by tiles of the matrix unit. Letters: M tokens, K features of the input, N features
-// of the output.
+// Products with weights by tiles of the matrix unit, in bfloat16, or in float32 by pieces in bfloat16. Letters: M tokens, K
+// features of the input, N features of the output.
 
 #pragma once
 
@@ -10,18 +10,20 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "crew.h"
 #include "matrix.h"
 #include "numbers.h"
 #include "pairs.h"
+#include "split.h"
 #include "vectors.h"
 
 namespace jaxembed {
 
-// M tokens, in tiles of 16: as ByVectors in everything.
-class ByAmx {
+// M tokens, in tiles of 16: as ByVectors in everything. Numbers are `Pair`s or, of matrices in float32, `Split`.
+template <class Number> class ByAmx {
  public:
   explicit ByAmx(size_t M) : tokens_(M), tiles_((M + SIDE - 1) / SIDE) {}
 
@@ -31,7 +33,7 @@ class ByAmx {
 
   void fill(const float* x, size_t K, float* tiles) const {
     Crew::get().each(tiles_, tokens_ * K > 100'000, [&](size_t i) {
-      fill_panel<Pair>(x + i * SIDE * K, K, std::min(SIDE, tokens_ - i * SIDE), K, tiles + i * words(K), SIDE);
+      fill_panel<Number>(x + i * SIDE * K, K, std::min(SIDE, tokens_ - i * SIDE), K, tiles + i * words(K), SIDE);
     });
   }
 
@@ -48,47 +50,102 @@ class ByAmx {
 
   // Of a matrix whose features are a multiple of 32.
   void keep(const Part& part, Activation activation, float* tiles) const {
-    put_columns(part, 0, SIDE, activation, tiles + part.begin / SIDE * words(part.one.N) + words(part.first));
+    float* to = tiles + part.begin / SIDE * words(part.one.N) + words(part.first);
+    if constexpr (SPLIT) {
+      put_split_part(part, activation, to);
+    } else {
+      put_columns(part, 0, SIDE, activation, to);
+    }
   }
 
  private:
+  static constexpr bool SPLIT = std::is_same_v<Number, Split>;
+  static constexpr size_t PIECES = SPLIT ? Split::PIECES : 1;
   static constexpr size_t SIDE = amx::SIDE;
-  static constexpr size_t BLOCK = 2 * SIDE;        // output features that a thread takes at a time, no more than MOST_ROWS
-  static constexpr size_t ROOM = size_t(1) << 18;  // words of tokens that it takes with them
-  static constexpr size_t DEPTH = 384;             // input features of a block that stay in the first cache
+  static constexpr size_t BLOCK = 2 * SIDE;           // output features that a thread takes at a time, no more than MOST_ROWS
+  static constexpr size_t ROOM = size_t(1) << 18;     // words of tokens that it takes with them
+  static constexpr size_t DEPTH = SPLIT ? 96 : 384;   // input features of a block that stay in the first cache
+  static constexpr size_t AT_A_TIME = SPLIT ? 1 : 2;  // tiles of rows that are multiplied together
 
-  static size_t words(size_t K) { return SIDE * K / 2; }
+  static size_t words(size_t K) { return SIDE * K / 2 * PIECES; }
 
   // A block times tiles of tokens from one to another, pass by pass of its input features.
   template <class Take>
   void times_tiles(const Block& block, const float* tiles, size_t K, size_t from, size_t end, const Take& take) const {
     constexpr size_t SUMS = BLOCK * SIDE;
-    static thread_local std::vector<Line> copy, sums;
-    const Half* rows = static_cast<const Half*>(block.one->kernel) + block.first * K;
-    if (block.rows % SIDE > 0) {
-      // Tiles are read whole.
-      copy.assign(BLOCK * K * sizeof(Half) / sizeof(Line), Line{});
-      std::memcpy(copy.data(), rows, block.rows * K * sizeof(Half));
-      rows = reinterpret_cast<const Half*>(copy.data());
-    }
+    static thread_local std::vector<Line> sums;
+    Kernel kernel(block, K);
     const size_t passes = end - from > 1 ? (K + DEPTH - 1) / DEPTH : 1, depth = (K / STEP + passes - 1) / passes * STEP;
     sums.resize(std::max(sums.size(), (passes > 1 ? end - from : 1) * SUMS / LINE));
-    const auto multiply = block.rows > SIDE ? amx::multiply<2> : amx::multiply<1>;
+    const auto multiply = block.rows > SIDE ? amx::multiply<AT_A_TIME, PIECES> : amx::multiply<1, PIECES>;
     const amx::Tiles configured;
     for (size_t k = 0; k < K; k += depth) {
       const size_t taken = std::min(depth, K - k);
       const bool last = k + taken == K;
+      kernel.go_to(k, taken);
       for (size_t i = from; i < end; i++) {
         float* out = sums.data()->numbers + (passes > 1 ? i - from : 0) * SUMS;
         const Part part{*block.one, block.first, block.rows, i * SIDE, std::min(SIDE, tokens_ - i * SIDE), out, SIDE};
         if (last) call_lines(part);
-        multiply(rows + k, K * sizeof(Half), tiles + i * words(K) + words(k), taken, i == from, k > 0, out, SIDE);
+        for (size_t r = 0; r < block.rows; r += AT_A_TIME * SIDE) {
+          const float* tile = tiles + i * words(K) + words(k);
+          multiply(kernel.rows(r), kernel.apart(), tile, taken, !SPLIT && i == from, k > 0, out + r * SIDE, SIDE);
+        }
         if (last) take(part);
       }
     }
   }
 
+  // Rows of a block, where tiles can be read.
+  class Kernel;
+
   const size_t tokens_, tiles_;
+};
+
+// As they lie, if these are whole tiles, or copied whole.
+template <> class ByAmx<Pair>::Kernel {
+ public:
+  Kernel(const Block& block, size_t K) : K_(K), first_(static_cast<const Half*>(block.one->kernel) + block.first * K) {
+    if (block.rows % SIDE == 0) return;
+    static thread_local std::vector<Line> copy;
+    copy.assign(BLOCK * K * sizeof(Half) / sizeof(Line), Line{});
+    std::memcpy(copy.data(), first_, block.rows * K * sizeof(Half));
+    first_ = reinterpret_cast<const Half*>(copy.data());
+  }
+  void go_to(size_t k, size_t) { now_ = first_ + k; }
+  const void* rows(size_t r) const { return now_ + r * K_; }
+  size_t apart() const { return K_ * sizeof(Half); }
+
+ private:
+  const size_t K_;
+  const Half *first_, *now_ = nullptr;
+};
+
+// Taken apart, as many features as go into a pass.
+template <> class ByAmx<Split>::Kernel {
+ public:
+  Kernel(const Block& block, size_t K)
+      : K_(K), rows_(block.rows), first_(static_cast<const float*>(block.one->kernel) + block.first * K) {}
+  void go_to(size_t k, size_t features) {
+    depth_ = features;
+    pieces().resize(std::max(pieces().size(), BLOCK / SIDE * words(features) / LINE));
+    for (size_t r = 0; r < rows_; r += SIDE) {
+      split_rows(first_ + r * K_ + k, std::min(SIDE, rows_ - r), K_, features, tiles(r));
+    }
+  }
+  const void* rows(size_t r) const { return tiles(r); }
+  size_t apart() const { return amx::ROW; }
+
+ private:
+  static std::vector<Line>& pieces() {
+    static thread_local std::vector<Line> pieces;
+    return pieces;
+  }
+  float* tiles(size_t r) const { return pieces().data()->numbers + r / SIDE * words(depth_); }
+
+  const size_t K_, rows_;
+  const float* first_;
+  size_t depth_ = 0;
 };
 
 }  // namespace jaxembed

@@ -24,7 +24,13 @@ inline bool in_pairs([[maybe_unused]] size_t K) {
 }
 
 // Numbers that M tokens of K features need room for, by whichever way.
-inline size_t room_of(size_t M, size_t K) { return ByVectors<float>(M).room(K); }
+inline size_t room_of(size_t M, size_t K) {
+#if defined(JAXEMBED_AMX)
+  return std::max(ByVectors<float>(M).room(K), ByAmx<Split>(M).room(K));
+#else
+  return ByVectors<float>(M).room(K);
+#endif
+}
 
 // y = activation(x kernel^T + bias) of each matrix. `room` is for x.
 template <class Way>
@@ -74,17 +80,18 @@ void gated_feed_forward(const Way& way, const float* x, const Matrix& gate, Acti
 // call(way) for M tokens with kernels in float32 or in bfloat16, whose inputs have so many features.
 template <class Call>
 void with_way(size_t M, bool half, [[maybe_unused]] std::initializer_list<size_t> features, const Call& call) {
-  if (!half) return call(ByVectors<float>(M));
 #if defined(JAXEMBED_PAIRS)
   if (std::all_of(features.begin(), features.end(), in_pairs)) {
 #if defined(JAXEMBED_AMX)
+    constexpr size_t MANY = 192;  // fewer tokens do not repay it to take a kernel apart
     // An executable from the cache was made by a process that had asked; this one has to as well.
-    if (amx::allowed()) return call(ByAmx(M));
+    if (half && amx::allowed()) return call(ByAmx<Pair>(M));
+    if (!half && M >= MANY && amx::allowed()) return call(ByAmx<Split>(M));
 #endif
-    return call(ByVectors<Pair>(M));
+    if (half) return call(ByVectors<Pair>(M));
   }
 #endif
-  call(ByVectors<Half>(M));
+  half ? call(ByVectors<Half>(M)) : call(ByVectors<float>(M));
 }
 
 }  // namespace jaxembed

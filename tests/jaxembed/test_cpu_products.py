@@ -35,17 +35,19 @@ def check_products(size: tuple[int, int], act: str | None, dtype: str, counts: S
             np.testing.assert_allclose(one, wanted, atol=1e-6 + 2.5e-7 * depth**0.5)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (5, 3), (8, 48), (100, 50), (384, 96), (400, 131), (1536, 49)])
+@pytest.mark.parametrize("size", [(1, 1), (5, 3), (8, 48), (100, 50), (384, 96), (400, 131), (416, 48), (1536, 49)])
 @pytest.mark.parametrize("act", [None, "gelu"])
 def test_products(size: tuple[int, int], act: str | None) -> None:
     """Whole panels, tiles and blocks and parts of them."""
     check_products(size, act, "float32", (1, 7, 8, 9, 16, 17, 31, 33, 64, 100, 257))
 
 
-@pytest.mark.parametrize("size", [(1, 1), (5, 3), (32, 1), (64, 50), (100, 50), (384, 96), (768, 131), (1536, 49)])
+@pytest.mark.parametrize(
+    "size", [(1, 1), (5, 3), (32, 1), (64, 50), (100, 50), (384, 96), (416, 48), (768, 131), (1536, 49)]
+)
 @pytest.mark.parametrize("act", [None, "gelu"])
 def test_products_in_bfloat16(size: tuple[int, int], act: str | None) -> None:
-    """The same, in pairs or not; more tokens than one group too."""
+    """The same, in pairs or not; more tokens than one group, more features than one pass."""
     check_products(size, act, "bfloat16", (1, 7, 16, 17, 31, 33, 64, 100, 1500))
 
 
