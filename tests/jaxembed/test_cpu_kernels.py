@@ -47,12 +47,14 @@ def kernels() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("tokens", [-1, 0, 1, 7, 40, 99, 100, 101])
-def test_only_the_tokens_that_there_are(tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "room"), [*((tokens, 100) for tokens in (-1, 0, 1, 7, 40, 99, 100, 101)), (193, 210), (208, 210)]
+)
+def test_only_the_tokens_that_there_are(tokens: int, room: int) -> None:
     """Whatever stands behind them; no more than there is room for, and as many as are told."""
-    x, residual = normal(1, 100, 64), normal(1, 100, 64, seed=1)
+    x, residual = normal(1, room, 64), normal(1, room, 64, seed=1)
     up, down = normal(96, 64, seed=2), normal(64, 96, seed=3)
-    there = min(max(tokens, 0), 100)
+    there = min(max(tokens, 0), room)
     spoilt = x.copy()
     spoilt[0, there:] = np.nan
     row = (jnp.zeros(1, jnp.int32), jnp.full(1, there, jnp.int32), jnp.full(1, there, jnp.int32))
