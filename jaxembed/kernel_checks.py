@@ -25,6 +25,9 @@ ROUNDED = 2.0**-4
 WIDTH = 96
 """Features of a layer that is tried."""
 
+MANY = 200
+"""Its tokens: so many are multiplied in every way that there is (`cpp/linear.h`)."""
+
 Numbers = npt.NDArray[Any]
 
 
@@ -48,7 +51,7 @@ def wrong_in_products(dtype: str) -> list[float]:
     for tokens, depth, width, acts in (
         (1, 32, 50, ["gelu"]),
         (29, 224, 150, list(every.values())),
-        (200, 768, 96, ["gelu"]),
+        (MANY, 768, 96, ["gelu"]),
     ):
         x, kernel, bias = product(dtype, tokens, depth, width)
         plain = jnp.asarray(x.astype(np.float64) @ kernel.T.astype(np.float64) + bias, jnp.float32)
@@ -64,7 +67,7 @@ def wrong_in_products(dtype: str) -> list[float]:
 
 def wrong_in_gated(dtype: str) -> list[float]:
     """The same of a `gated_feed_forward`, beside the two products and the third."""
-    x, up, bias = product(dtype, 200, 96, 96)
+    x, up, bias = product(dtype, MANY, 96, 96)
     identity, ones = (jnp.eye(96, dtype=dtype), None), jnp.ones(96)
 
     def both(x: jax.Array, up: cpu_kernels.Product) -> tuple[jax.Array, jax.Array]:
@@ -104,7 +107,7 @@ def wrong_in_feed_forward(dtype: str, act: str | None) -> float:
 
 def layer(dtype: str) -> tuple[jax.Array, jax.Array, jax.Array, cpu_kernels.Product, cpu_kernels.Norm]:
     """x, kernel and bias of a product, another that changes nothing but may round, and a norm."""
-    x, kernel, bias = map(jnp.asarray, product(dtype, 200, WIDTH, WIDTH))
+    x, kernel, bias = map(jnp.asarray, product(dtype, MANY, WIDTH, WIDTH))
     scale, shift = map(jnp.asarray, product("float32", 2, WIDTH, 1)[0])
     return x[None], kernel, bias, (jnp.eye(WIDTH, dtype=dtype), None), (scale, shift, 1e-5)
 

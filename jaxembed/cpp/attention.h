@@ -151,11 +151,10 @@ inline void head_in_pairs(const float* query, const float* key, const float* val
   constexpr size_t ROWS = Unit::ROWS, PANEL = Unit::PANEL;
   const size_t width = heads.width, query_apart = heads.query * width, key_apart = heads.key * width;
   const size_t room = Keys{0, seen}.room(STEP);
-  const size_t needed = room * width + ROWS * (width / 2 + room / 2 + room) + LINE;
-  static thread_local std::vector<float> scratch;
+  const size_t needed = (room * width + ROWS * (width / 2 + room / 2 + room)) / LINE;
+  static thread_local std::vector<Line> scratch;
   if (scratch.size() < needed) scratch.resize(needed);
-  const size_t aside = reinterpret_cast<uintptr_t>(scratch.data()) / sizeof(float) % LINE;
-  float *keys = scratch.data() + (LINE - aside) % LINE, *values = keys + room * width / 2;
+  float *keys = scratch.data()->numbers, *values = keys + room * width / 2;
   float *queries = values + room * width / 2, *weights = queries + ROWS * width / 2, *scores = weights + ROWS * room / 2;
   for (size_t s = 0; s < room; s += PANEL) {
     const size_t tokens = std::min(PANEL, seen - std::min(seen, s));

@@ -10,7 +10,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
-#include <type_traits>
 #include <vector>
 
 #include "crew.h"
@@ -49,35 +48,28 @@ template <class Number> class ByAmx {
   }
 
   // Of a matrix whose features are a multiple of 32.
-  void keep(const Part& part, Activation activation, float* tiles) const {
-    float* to = tiles + part.begin / SIDE * words(part.one.N) + words(part.first);
-    if constexpr (SPLIT) {
-      put_split_part(part, activation, to);
-    } else {
-      put_columns(part, 0, SIDE, activation, to);
-    }
-  }
+  void keep(const Part& part, Activation activation, float* tiles) const { stash<Number>(part, activation, tiles); }
 
  private:
-  static constexpr bool SPLIT = std::is_same_v<Number, Split>;
-  static constexpr size_t PIECES = SPLIT ? Split::PIECES : 1;
-  static constexpr size_t SIDE = amx::SIDE;
-  static constexpr size_t BLOCK = 2 * SIDE;           // output features that a thread takes at a time, no more than MOST_ROWS
-  static constexpr size_t ROOM = size_t(1) << 18;     // words of tokens that it takes with them
-  static constexpr size_t DEPTH = SPLIT ? 96 : 384;   // input features of a block that stay in the first cache
-  static constexpr size_t AT_A_TIME = SPLIT ? 1 : 2;  // tiles of rows that are multiplied together
+  // Rows of a block where tiles can be read, and how they are taken.
+  class Kernel;
 
-  static size_t words(size_t K) { return SIDE * K / 2 * PIECES; }
+  static constexpr size_t SIDE = amx::SIDE;
+  static constexpr size_t BLOCK = 2 * SIDE;        // output features that a thread takes at a time, no more than MOST_ROWS
+  static constexpr size_t ROOM = size_t(1) << 18;  // words of tokens that it takes with them
+
+  static size_t words(size_t K) { return SIDE * K / 2 * Kernel::PIECES; }
 
   // A block times tiles of tokens from one to another, pass by pass of its input features.
   template <class Take>
   void times_tiles(const Block& block, const float* tiles, size_t K, size_t from, size_t end, const Take& take) const {
-    constexpr size_t SUMS = BLOCK * SIDE;
+    constexpr size_t SUMS = BLOCK * SIDE, DEPTH = Kernel::DEPTH, TOGETHER = Kernel::TOGETHER;
     static thread_local std::vector<Line> sums;
     Kernel kernel(block, K);
     const size_t passes = end - from > 1 ? (K + DEPTH - 1) / DEPTH : 1, depth = (K / STEP + passes - 1) / passes * STEP;
-    sums.resize(std::max(sums.size(), (passes > 1 ? end - from : 1) * SUMS / LINE));
-    const auto multiply = block.rows > SIDE ? amx::multiply<AT_A_TIME, PIECES> : amx::multiply<1, PIECES>;
+    const size_t needed = (passes > 1 ? end - from : 1) * SUMS / LINE;
+    if (sums.size() < needed) sums.resize(needed);
+    const auto multiply = block.rows > SIDE ? amx::multiply<TOGETHER, Kernel::PIECES> : amx::multiply<1, Kernel::PIECES>;
     const amx::Tiles configured;
     for (size_t k = 0; k < K; k += depth) {
       const size_t taken = std::min(depth, K - k);
@@ -87,17 +79,14 @@ template <class Number> class ByAmx {
         float* out = sums.data()->numbers + (passes > 1 ? i - from : 0) * SUMS;
         const Part part{*block.one, block.first, block.rows, i * SIDE, std::min(SIDE, tokens_ - i * SIDE), out, SIDE};
         if (last) call_lines(part);
-        for (size_t r = 0; r < block.rows; r += AT_A_TIME * SIDE) {
+        for (size_t r = 0; r < block.rows; r += TOGETHER * SIDE) {
           const float* tile = tiles + i * words(K) + words(k);
-          multiply(kernel.rows(r), kernel.apart(), tile, taken, !SPLIT && i == from, k > 0, out + r * SIDE, SIDE);
+          multiply(kernel.rows(r), kernel.apart(), tile, taken, Kernel::FAR && i == from, k > 0, out + r * SIDE, SIDE);
         }
         if (last) take(part);
       }
     }
   }
-
-  // Rows of a block, where tiles can be read.
-  class Kernel;
 
   const size_t tokens_, tiles_;
 };
@@ -105,6 +94,11 @@ template <class Number> class ByAmx {
 // As they lie, if these are whole tiles, or copied whole.
 template <> class ByAmx<Pair>::Kernel {
  public:
+  static constexpr size_t PIECES = 1;
+  static constexpr size_t DEPTH = 384;   // input features of a block that stay in the first cache
+  static constexpr size_t TOGETHER = 2;  // tiles of rows that are multiplied at a time
+  static constexpr bool FAR = true;      // they come from beyond the first cache
+
   Kernel(const Block& block, size_t K) : K_(K), first_(static_cast<const Half*>(block.one->kernel) + block.first * K) {
     if (block.rows % SIDE == 0) return;
     static thread_local std::vector<Line> copy;
@@ -124,28 +118,31 @@ template <> class ByAmx<Pair>::Kernel {
 // Taken apart, as many features as go into a pass.
 template <> class ByAmx<Split>::Kernel {
  public:
+  static constexpr size_t PIECES = Split::PIECES;
+  static constexpr size_t DEPTH = 96;
+  static constexpr size_t TOGETHER = 1;
+  static constexpr bool FAR = false;
+
   Kernel(const Block& block, size_t K)
       : K_(K), rows_(block.rows), first_(static_cast<const float*>(block.one->kernel) + block.first * K) {}
   void go_to(size_t k, size_t features) {
-    depth_ = features;
-    pieces().resize(std::max(pieces().size(), BLOCK / SIDE * words(features) / LINE));
+    static thread_local std::vector<Line> pieces;
+    const size_t needed = BLOCK / SIDE * words(features) / LINE;
+    if (pieces.size() < needed) pieces.resize(needed);
+    tiles_ = pieces.data()->numbers;
+    tile_ = words(features);
     for (size_t r = 0; r < rows_; r += SIDE) {
-      split_rows(first_ + r * K_ + k, std::min(SIDE, rows_ - r), K_, features, tiles(r));
+      split_rows(first_ + r * K_ + k, std::min(SIDE, rows_ - r), K_, features, tiles_ + r / SIDE * tile_);
     }
   }
-  const void* rows(size_t r) const { return tiles(r); }
+  const void* rows(size_t r) const { return tiles_ + r / SIDE * tile_; }
   size_t apart() const { return amx::ROW; }
 
  private:
-  static std::vector<Line>& pieces() {
-    static thread_local std::vector<Line> pieces;
-    return pieces;
-  }
-  float* tiles(size_t r) const { return pieces().data()->numbers + r / SIDE * words(depth_); }
-
   const size_t K_, rows_;
   const float* first_;
-  size_t depth_ = 0;
+  float* tiles_ = nullptr;
+  size_t tile_ = 0;  // words of 16 rows
 };
 
 }  // namespace jaxembed

@@ -85,8 +85,7 @@ void with_way(size_t M, bool half, [[maybe_unused]] std::initializer_list<size_t
 #if defined(JAXEMBED_AMX)
     constexpr size_t MANY = 192;  // fewer tokens do not repay it to take a kernel apart
     // An executable from the cache was made by a process that had asked; this one has to as well.
-    if (half && amx::allowed()) return call(ByAmx<Pair>(M));
-    if (!half && M >= MANY && amx::allowed()) return call(ByAmx<Split>(M));
+    if ((half || M >= MANY) && amx::allowed()) return half ? call(ByAmx<Pair>(M)) : call(ByAmx<Split>(M));
 #endif
     if (half) return call(ByVectors<Pair>(M));
   }

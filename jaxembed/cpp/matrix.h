@@ -46,6 +46,7 @@ struct Part {
   size_t begin, tokens;  // the first token, and how many
   float* out;
   size_t width;
+  float bias(size_t feature) const { return one.bias ? one.bias[first + feature] : 0.0f; }
 };
 
 // Numbers as `cpu_kernels.ACTIVATIONS` has them.
@@ -66,7 +67,7 @@ template <class V> inline V finished(V x, Activation activation) {
 template <class Change> inline void each_number(const Part& part, const Change& change) {
   const size_t first = part.begin * part.one.N + part.first * part.width;
   for (size_t f = 0; f < part.rows; f++) {
-    const float bias = part.one.bias ? part.one.bias[part.first + f] : 0.0f;
+    const float bias = part.bias(f);
     for (size_t i = f * part.width; i < (f + 1) * part.width; i += LANES) change(part.out + i, bias, first + i);
   }
 }

@@ -47,23 +47,19 @@ inline void fill_panel<Pair>(const float* x, size_t apart, size_t tokens, size_t
   }
 }
 
-// Some columns of a part as words of two features each, [rows / 2, width], with bias and activation.
-inline void put_columns(const Part& part, size_t column, size_t width, Activation activation, float* to) {
+// As words of two features each, [rows / 2, width].
+template <> inline void stash<Pair>(const Part& part, Activation activation, float* all) {
+  float* to = all + (part.begin * part.one.N + part.first * part.width) / 2;
   with_rounded(activation, [&](const auto function) {
-    for (size_t f = 0; f < part.rows; f += 2, to += width) {
-      for (size_t i = 0; i < width; i += LANES) {
+    for (size_t f = 0; f < part.rows; f += 2, to += part.width) {
+      for (size_t i = 0; i < part.width; i += LANES) {
         auto of = [&](size_t feature) INLINED {
-          const float bias = part.one.bias ? part.one.bias[part.first + feature] : 0.0f;
-          return function(load<Vector>(part.out + feature * part.width + column + i) + bias);
+          return function(load<Vector>(part.out + feature * part.width + i) + part.bias(feature));
         };
         put_words(of(f), of(f + 1), to + i);
       }
     }
   });
-}
-
-template <> inline void stash<Pair>(const Part& part, Activation activation, float* all) {
-  put_columns(part, 0, part.width, activation, all + (part.begin * part.one.N + part.first * part.width) / 2);
 }
 
 }  // namespace jaxembed

@@ -51,11 +51,11 @@ inline void fill_panel<Split>(const float* x, size_t apart, size_t tokens, size_
   }
 }
 
-// A part as wide as a tile as tiles of its features, with bias and activation.
-inline void put_split_part(const Part& part, Activation activation, float* to) {
+// As tiles of a part as wide as one.
+template <> inline void stash<Split>(const Part& part, Activation activation, float* all) {
+  float* to = all + (part.begin * part.one.N + part.first * part.width) / 2 * Split::PIECES;
   auto of = [&](size_t feature) INLINED {
-    const float bias = part.one.bias ? part.one.bias[part.first + feature] : 0.0f;
-    return finished(load<Vector>(part.out + feature * part.width) + bias, activation);
+    return finished(load<Vector>(part.out + feature * part.width) + part.bias(feature), activation);
   };
   for (size_t f = 0; f < part.rows; f += STEP, to += Split::WORDS) {
     for (size_t i = 0; i < LANES; i++) put_split(of(f + i), of(f + LANES + i), to + i * LANES);
